@@ -14,6 +14,8 @@
 pub mod arch;
 pub mod checkpoint;
 pub mod data;
+#[cfg(feature = "burn")]
+pub mod decoder;
 pub mod dtype;
 pub mod error;
 pub mod fsio;
@@ -21,6 +23,8 @@ pub mod model;
 pub mod packed;
 pub mod pass;
 pub mod progress;
+pub mod rng;
+pub mod text;
 pub mod weight;
 
 pub use arch::{Family, LayerNames, LinearRole, LinearSpec, ModelSpec, RopeScaling, RopeSpec};

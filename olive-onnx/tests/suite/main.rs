@@ -1,0 +1,4 @@
+//! What olive-onnx reads, builds and writes, held against the files of real packages.
+
+mod golden;
+mod reading;

@@ -1,0 +1,33 @@
+//! The decoder, written once in Burn for every family and generic over the backend: what calibration, evaluation
+//! and training run.
+//!
+//! A layer is read on its own ([`DecoderLayer::load`]), so that a model never has to be in memory whole. Its
+//! linears are [`Linear`]s: a frozen dense or packed weight, an optional bias, an optional low-rank part. Every block
+//! has a backward written by hand for frozen weights; gradients exist for inputs and low-rank parts only, and a
+//! forward without a tape keeps nothing.
+//!
+//! On the CPU use [`Cpu`]; it runs on one thread, and callers run sequences side by side.
+
+pub mod activation;
+pub mod attention;
+mod dropout;
+mod head;
+mod layer;
+mod linear;
+mod norm;
+mod perplexity;
+mod sequence;
+
+pub use dropout::DropoutStream;
+pub use head::{CrossEntropy, Embedding, Head};
+pub use layer::{DecoderLayer, LayerGradients, LayerTape, Observer};
+pub use linear::{BaseWeight, Linear, LinearTape, LowRank, LowRankGradient};
+pub use norm::RmsNorm;
+pub use perplexity::{Attachment, Perplexity, evaluate_perplexity};
+pub use sequence::{QueryBlock, SequenceTables};
+
+/// Burn's CPU backend in `f32`.
+pub type Cpu = burn::backend::Flex;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,101 @@
+//! Dropout whose mask is a function of where an element is, so that nothing has to be kept for the backward.
+//!
+//! Element `i` of a module's input in a step is kept if the 32 bits that SplitMix64 gives for (seed, step, module,
+//! `i`) are not below `p · 2³²`. The mask depends neither on the number of threads nor on how rows are grouped.
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{Tensor, TensorData};
+
+/// A stream of keep-or-drop decisions for the input of one linear.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DropoutStream {
+    probability: f64,
+    key: u64,
+    first_row: u64,
+}
+
+impl DropoutStream {
+    /// Keeps everything.
+    pub const fn none() -> Self {
+        Self {
+            probability: 0.0,
+            key: 0,
+            first_row: 0,
+        }
+    }
+
+    /// Drops with `probability` (below 1); `first_row` is the place of the first row in its micro-batch.
+    pub fn new(probability: f64, seed: u64, first_row: usize) -> Self {
+        Self {
+            probability,
+            key: mix(seed ^ 0x6F6C_6976_6544_726F),
+            first_row: first_row as u64,
+        }
+    }
+
+    /// The stream of a part of what this one is for: a step, a layer, a linear.
+    pub fn child(self, part: u64) -> Self {
+        Self {
+            key: mix(self.key ^ mix(part.wrapping_add(0x9E37_79B9_7F4A_7C15))),
+            ..self
+        }
+    }
+
+    /// Whether nothing is ever dropped.
+    pub fn is_none(&self) -> bool {
+        self.probability <= 0.0
+    }
+
+    /// The factors of `rows` rows of `cols` elements: 0 or `1 / (1 - p)`.
+    pub fn mask(&self, rows: usize, cols: usize) -> Vec<f32> {
+        let threshold = (self.probability * 4_294_967_296.0) as u32;
+        let keep = (1.0 / (1.0 - self.probability)) as f32;
+        let start = self.first_row.wrapping_mul(cols as u64);
+        (0..(rows * cols) as u64)
+            .map(|i| {
+                // One hash serves the two elements of an even-odd pair of indices.
+                let index = start + i;
+                let bits = mix(self
+                    .key
+                    .wrapping_add((index >> 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)));
+                let half = (bits >> ((index & 1) * 32)) as u32;
+                if half >= threshold { keep } else { 0.0 }
+            })
+            .collect()
+    }
+
+    /// `x [n, features]` times the mask.
+    pub fn apply<B: Backend>(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        if self.is_none() {
+            return x;
+        }
+        let [rows, cols] = x.dims();
+        let mask = Tensor::from_data(TensorData::new(self.mask(rows, cols), [rows, cols]), &x.device());
+        x * mask
+    }
+}
+
+/// The finalizer of SplitMix64.
+fn mix(value: u64) -> u64 {
+    let mut z = value;
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mask_has_its_rate_and_does_not_depend_on_grouping() {
+        let whole = DropoutStream::new(0.25, 7, 0).child(3).mask(64, 33);
+        let dropped = whole.iter().filter(|v| **v == 0.0).count() as f64 / whole.len() as f64;
+        assert!((dropped - 0.25).abs() < 0.03, "{dropped}");
+        assert!(whole.iter().all(|v| *v == 0.0 || *v == 1.0 / 0.75));
+        let tail = DropoutStream::new(0.25, 7, 40).child(3).mask(24, 33);
+        assert_eq!(whole[40 * 33..], tail);
+        assert_ne!(whole, DropoutStream::new(0.25, 7, 0).child(4).mask(64, 33));
+        assert_ne!(whole, DropoutStream::new(0.25, 8, 0).child(3).mask(64, 33));
+    }
+}

@@ -1,0 +1,56 @@
+//! RMS norm, `y = x / √(mean(x²) + ε) · w` over the last dimension, with its backward for a frozen `w`.
+
+use burn::tensor::backend::Backend;
+use burn::tensor::{Tensor, TensorData};
+
+use crate::checkpoint::TensorSource;
+use crate::error::Result;
+
+/// An RMS norm with a frozen weight.
+#[derive(Debug, Clone)]
+pub struct RmsNorm<B: Backend> {
+    /// `[features]`.
+    pub weight: Tensor<B, 1>,
+    /// `ε`.
+    pub epsilon: f64,
+}
+
+impl<B: Backend> RmsNorm<B> {
+    /// Reads the weight `name [features]`.
+    ///
+    /// # Errors
+    /// Those of reading a tensor that must exist with that shape and be finite.
+    pub fn load(
+        source: &dyn TensorSource,
+        name: &str,
+        features: usize,
+        epsilon: f64,
+        device: &B::Device,
+    ) -> Result<Self> {
+        let values = source.read_f32_checked(name, &[features])?;
+        let weight = Tensor::from_data(TensorData::new(values, [features]), device);
+        Ok(Self { weight, epsilon })
+    }
+
+    /// `1 / √(mean(x²) + ε)`, one number for each vector.
+    fn inverse<const D: usize>(&self, x: &Tensor<B, D>) -> Tensor<B, D> {
+        let mean = (x.clone() * x.clone()).mean_dim(D - 1);
+        mean.add_scalar(self.epsilon).sqrt().recip()
+    }
+
+    /// Normalises the last dimension.
+    pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
+        let inverse = self.inverse(&x);
+        x * inverse * self.weight.clone().unsqueeze::<D>()
+    }
+
+    /// The gradient of `x` from that of `y`:
+    /// `dx = i · (g - x · i² · mean(g · x))` with `g = dy · w` and `i` the inverse root.
+    pub fn backward<const D: usize>(&self, x: &Tensor<B, D>, dy: Tensor<B, D>) -> Tensor<B, D> {
+        let inverse = self.inverse(x);
+        let g = dy * self.weight.clone().unsqueeze::<D>();
+        let mean = (g.clone() * x.clone()).mean_dim(D - 1);
+        let shared = mean * inverse.clone() * inverse.clone();
+        (g - x.clone() * shared) * inverse
+    }
+}

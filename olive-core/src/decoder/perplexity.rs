@@ -1,0 +1,109 @@
+//! Perplexity of a checkpoint, a layer at a time: the hidden states of all blocks are kept, the model never is.
+
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use rayon::prelude::*;
+
+use super::head::{Embedding, Head};
+use super::layer::DecoderLayer;
+use super::sequence::SequenceTables;
+use crate::error::{Error, Result};
+use crate::model::ModelHandle;
+use crate::progress::{CancelToken, Progress};
+
+/// How well a model predicts a text.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Perplexity {
+    /// `exp(loss)`.
+    pub perplexity: f64,
+    /// Mean cross entropy of a token, in nats.
+    pub loss: f64,
+    /// Tokens that were predicted: one less than each block has.
+    pub tokens: usize,
+}
+
+/// Gives a layer its adapter before it runs.
+pub type Attachment<'a, B> = dyn Fn(&mut DecoderLayer<B>) -> Result<()> + 'a;
+
+/// Perplexity of `blocks` of token ids, each on its own: the sum of all losses over the number of predicted tokens.
+/// `attach` adapts each layer after it was read.
+///
+/// # Errors
+/// Those of reading the model; [`Error::Tensor`] for ids outside the vocabulary or no token to predict;
+/// [`Error::NotFinite`]; [`Error::Cancelled`].
+pub fn evaluate_perplexity<B: Backend>(
+    model: &dyn ModelHandle,
+    blocks: &[Vec<u32>],
+    attach: Option<&Attachment<'_, B>>,
+    progress: &dyn Progress,
+    cancel: &CancelToken,
+) -> Result<Perplexity> {
+    let (spec, source) = (model.spec(), model.tensors());
+    let device = B::Device::default();
+    progress.start("perplexity", spec.n_layers as u64 + 1);
+    let mut lengths: Vec<usize> = blocks.iter().map(Vec::len).collect();
+    lengths.sort_unstable();
+    lengths.dedup();
+    let tables: Vec<SequenceTables<B>> = lengths
+        .iter()
+        .map(|length| SequenceTables::new(spec, *length, &device))
+        .collect();
+    let embedding = Embedding::<B>::load(source, spec, &device)?;
+    let mut hidden = blocks
+        .iter()
+        .map(|block| embedding.forward(std::slice::from_ref(block)))
+        .collect::<Result<Vec<Tensor<B, 3>>>>()?;
+    // A tied head is read again at the end: holding the table meanwhile would cost its size.
+    drop(embedding);
+    for index in 0..spec.n_layers {
+        cancel.check()?;
+        let mut layer = DecoderLayer::load(source, spec, index, &device)?;
+        if let Some(attach) = attach {
+            attach(&mut layer)?;
+        }
+        hidden = hidden
+            .into_par_iter()
+            .map(|x| {
+                let [_, length, _] = x.dims();
+                let tables = tables.iter().find(|tables| tables.length == length);
+                layer.forward(x, tables.expect("invariant: tables were made for every length"))
+            })
+            .collect();
+        progress.update(index as u64 + 1, "");
+    }
+    cancel.check()?;
+    let head = Head::<B>::load(source, spec, None, &device)?;
+    let losses = hidden
+        .into_par_iter()
+        .zip(blocks)
+        .map(|(x, block)| {
+            let labels: Vec<i64> = block.iter().map(|id| i64::from(*id)).collect();
+            let result = head.cross_entropy(x, &[labels], None)?;
+            Ok((result.sum, result.tokens))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    progress.update(spec.n_layers as u64 + 1, "");
+    progress.finish();
+    summarise(&losses)
+}
+
+fn summarise(losses: &[(f64, usize)]) -> Result<Perplexity> {
+    let sum: f64 = losses.iter().map(|(sum, _)| sum).sum();
+    let tokens: usize = losses.iter().map(|(_, tokens)| tokens).sum();
+    if tokens == 0 {
+        return Err(Error::tensor("input_ids", "blocks of two tokens or more", "none"));
+    }
+    if !sum.is_finite() {
+        let found = losses.iter().filter(|(sum, _)| !sum.is_finite()).count();
+        return Err(Error::NotFinite {
+            what: "the loss of the text's blocks".to_owned(),
+            found,
+        });
+    }
+    let loss = sum / tokens as f64;
+    Ok(Perplexity {
+        perplexity: loss.exp(),
+        loss,
+        tokens,
+    })
+}

@@ -1,1 +1,2 @@
 //! olive-genai
+pub mod kernels;

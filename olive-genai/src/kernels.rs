@@ -1,0 +1,20 @@
+//! CPU kernels. Each has a plain version that is always compiled; faster ones are chosen at run time by [`isa`].
+//!
+//! Every kernel splits its work into pieces whose borders depend on the shapes alone and sums in a fixed order, so the
+//! number of threads never changes a bit of the result.
+
+pub mod activation;
+pub mod attention;
+pub mod dense;
+pub mod exp;
+pub mod isa;
+pub mod nbits;
+pub mod norm;
+pub mod parallel;
+pub mod rope;
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+pub use isa::{Isa, isa};
+pub use nbits::{NBitsWeight, ZeroPoints};

@@ -1,0 +1,119 @@
+//! Activations in the order in which the block-quantized kernels read them.
+//!
+//! A *unit* is what 64 bytes of packed weights cover: 128 elements of 4 bits or 64 of 8 bits. A packed byte holds two
+//! neighbouring 4-bit elements, so for 4 bits the even elements of a unit come first, then the odd ones. A unit has 16
+//! *lanes*; a lane is the elements of four packed bytes, the piece that one 32-bit sum of a vector holds.
+
+/// Lanes of a unit.
+pub const LANES: usize = 16;
+
+/// Elements of a unit.
+pub const fn unit_elements(bits: usize) -> usize {
+    512 / bits
+}
+
+/// Activations rounded to 8 bits, a scale for each block: `scale = max|a| / 127`, round half to even.
+#[derive(Debug, Default)]
+pub struct QuantActivations {
+    /// Rows.
+    pub rows: usize,
+    /// Units of a row.
+    pub units: usize,
+    /// `[rows, units, unit]`, zero behind the row's end.
+    pub values: Vec<i8>,
+    /// `[rows, units, 16]`: minus the sum of the lane's values.
+    pub negative_sums: Vec<i32>,
+    /// `[rows, units, 16]`: the scale of the lane's block.
+    pub scales: Vec<f32>,
+}
+
+impl QuantActivations {
+    /// Rounds `[rows, k]` values for weights of `bits` bits in blocks of `block` elements.
+    pub fn new(values: &[f32], k: usize, bits: usize, block: usize) -> Self {
+        let rows = values.len().checked_div(k).unwrap_or(0);
+        let unit = unit_elements(bits);
+        let units = k.next_multiple_of(block).div_ceil(unit);
+        let mut this = Self {
+            rows,
+            units,
+            values: vec![0; rows * units * unit],
+            negative_sums: vec![0; rows * units * LANES],
+            scales: vec![0.0; rows * units * LANES],
+        };
+        for (r, row) in values.chunks_exact(k.max(1)).enumerate() {
+            let quantized = &mut this.values[r * units * unit..(r + 1) * units * unit];
+            let scales = &mut this.scales[r * units * LANES..(r + 1) * units * LANES];
+            quantize_row(row, quantized, scales, bits, block);
+            let sums = &mut this.negative_sums[r * units * LANES..(r + 1) * units * LANES];
+            sum_lanes(quantized, sums, bits);
+        }
+        this
+    }
+}
+
+/// Place of element `i` of a unit.
+#[inline(always)]
+const fn place(i: usize, bits: usize) -> usize {
+    if bits == 4 { (i % 2) * 64 + i / 2 } else { i }
+}
+
+fn quantize_row(row: &[f32], out: &mut [i8], scales: &mut [f32], bits: usize, block: usize) {
+    let unit = unit_elements(bits);
+    let lane = unit / LANES;
+    for (b, values) in row.chunks(block).enumerate() {
+        let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let scale = largest / 127.0;
+        let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+        let start = b * block;
+        for (i, v) in values.iter().enumerate() {
+            let at = start + i;
+            out[at / unit * unit + place(at % unit, bits)] = (v * inverse).round_ties_even() as i8;
+        }
+        let lanes = start / lane..(start + block).div_ceil(lane).min(scales.len());
+        scales[lanes].fill(scale);
+    }
+}
+
+fn sum_lanes(values: &[i8], sums: &mut [i32], bits: usize) {
+    let unit = unit_elements(bits);
+    for (values, sums) in values.chunks_exact(unit).zip(sums.chunks_exact_mut(LANES)) {
+        for (half, _) in values.chunks_exact(64).enumerate() {
+            for (l, sum) in sums.iter_mut().enumerate() {
+                let four = &values[half * 64 + l * 4..half * 64 + l * 4 + 4];
+                *sum -= four.iter().map(|v| i32::from(*v)).sum::<i32>();
+            }
+        }
+    }
+}
+
+/// Float activations of a few rows. For 4 bits, groups of 32 elements with the 16 even ones first; zero behind the
+/// row's end.
+#[derive(Debug, Default)]
+pub struct FloatActivations {
+    /// Rows.
+    pub rows: usize,
+    /// Elements of a row with the padding, a multiple of 32.
+    pub width: usize,
+    /// `[rows, width]`.
+    pub values: Vec<f32>,
+}
+
+impl FloatActivations {
+    /// Reorders `[rows, k]` values for weights of `bits` bits.
+    pub fn new(values: &[f32], k: usize, bits: usize) -> Self {
+        let rows = values.len().checked_div(k).unwrap_or(0);
+        let width = k.next_multiple_of(32);
+        let mut out = vec![0.0; rows * width];
+        for (row, out) in values.chunks_exact(k.max(1)).zip(out.chunks_exact_mut(width.max(1))) {
+            for (i, v) in row.iter().enumerate() {
+                let at = if bits == 4 { i / 32 * 32 + (i % 2) * 16 + i % 32 / 2 } else { i };
+                out[at] = *v;
+            }
+        }
+        Self {
+            rows,
+            width,
+            values: out,
+        }
+    }
+}

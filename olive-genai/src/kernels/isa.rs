@@ -1,0 +1,106 @@
+//! Which vector instructions the kernels use.
+
+use std::sync::OnceLock;
+
+/// A set of instructions that a family of kernels is written for, from plain to wide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Isa {
+    /// What every processor has.
+    Scalar,
+    /// x86-64 with AVX2 and FMA.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, VL and VNNI.
+    Avx512Vnni,
+}
+
+impl Isa {
+    /// The name that `OLIVE_ISA` takes.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512Vnni => "avx512vnni",
+        }
+    }
+
+    /// Every set that this processor has, plainest first.
+    pub fn available() -> Vec<Self> {
+        [Self::Scalar, Self::Avx2, Self::Avx512Vnni]
+            .into_iter()
+            .filter(|isa| isa.is_available())
+            .collect()
+    }
+
+    /// Whether this processor has it.
+    pub fn is_available(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        let found = match self {
+            Self::Scalar => true,
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Avx512Vnni => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
+                    && Self::Avx2.is_available()
+            }
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let found = self == Self::Scalar;
+        found
+    }
+}
+
+/// The set in use: the widest that the processor has, or the one that the environment variable `OLIVE_ISA` names
+/// (`scalar`, `avx2`, `avx512vnni`) if the processor has it. Read once.
+pub fn isa() -> Isa {
+    static CHOSEN: OnceLock<Isa> = OnceLock::new();
+    *CHOSEN.get_or_init(|| {
+        let available = Isa::available();
+        let widest = available.last().copied().unwrap_or(Isa::Scalar);
+        let Ok(wanted) = std::env::var("OLIVE_ISA") else {
+            return widest;
+        };
+        match available.iter().find(|isa| isa.name() == wanted) {
+            Some(isa) => *isa,
+            None => {
+                tracing::warn!("OLIVE_ISA={wanted} is not available here, using {}", widest.name());
+                widest
+            }
+        }
+    })
+}
+
+/// Compiles a plain function once for every instruction set and calls the version for the given [`Isa`].
+macro_rules! multiversion {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($isa:ident; $($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $plain:path) => {
+        $(#[$meta])*
+        $vis fn $name($isa: $crate::kernels::Isa, $($arg: $ty),*) $(-> $ret)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? {
+                    $plain($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                    $plain($($arg),*)
+                }
+                match $isa {
+                    $crate::kernels::Isa::Scalar => $plain($($arg),*),
+                    // SAFETY: an `Isa` other than `Scalar` is only passed on where `Isa::is_available` said so.
+                    $crate::kernels::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::kernels::Isa::Avx512Vnni => unsafe { avx512($($arg),*) },
+                }
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            {
+                let _ = $isa;
+                $plain($($arg),*)
+            }
+        }
+    };
+}
+pub(crate) use multiversion;

@@ -152,7 +152,8 @@ impl<B: Backend> DecoderLayer<B> {
         self.mlp_observed(normed, &mut |_, _| ())
     }
 
-    fn attention_observed(
+    /// As [`DecoderLayer::attention`], and shows the input of every linear.
+    pub fn attention_observed(
         &self,
         normed: Tensor<B, 3>,
         tables: &SequenceTables<B>,
@@ -172,7 +173,8 @@ impl<B: Backend> DecoderLayer<B> {
         output.reshape([batch, seq, hidden])
     }
 
-    fn mlp_observed(&self, normed: Tensor<B, 3>, observe: &mut Observer<'_, B>) -> Tensor<B, 3> {
+    /// As [`DecoderLayer::mlp`], and shows the input of every linear.
+    pub fn mlp_observed(&self, normed: Tensor<B, 3>, observe: &mut Observer<'_, B>) -> Tensor<B, 3> {
         let [batch, seq, hidden] = normed.dims();
         self.show(&GATE_UP, &normed, observe);
         let mut tape = Vec::new();

@@ -19,6 +19,7 @@ pub mod decoder;
 pub mod dtype;
 pub mod error;
 pub mod fsio;
+pub mod hub;
 pub mod model;
 pub mod packed;
 pub mod pass;

@@ -1,0 +1,134 @@
+//! The output folder: `model/` with the checkpoint, `model_config.json`, the report.
+
+use std::path::Path;
+
+use olive_core::model::ModelConfigFile;
+use olive_core::{CheckpointWriter, Error, ModelHandle, Result, TensorSource, fsio, model};
+use serde_json::{Map, Value, json};
+
+use crate::encode;
+use crate::options::QuantizeOptions;
+use crate::report::{QuantizeReport, REPORT_FILE};
+use crate::work::{WorkFolder, remove_dir};
+
+/// The model's folder inside the output folder.
+pub const MODEL_FOLDER: &str = "model";
+
+/// Refuses to replace a `model` folder that no run of olive left there.
+///
+/// # Errors
+/// [`Error::File`].
+pub fn check_replaceable(output: &Path) -> Result<()> {
+    let target = output.join(MODEL_FOLDER);
+    let ours = output.join(model::MODEL_CONFIG_FILE).is_file() || WorkFolder::exists(output);
+    if target.exists() && !ours {
+        let found = "a folder that no earlier run has described in `model_config.json`";
+        return Err(Error::file(target, "nothing, or an earlier result", found));
+    }
+    if output.exists() && !output.is_dir() {
+        return Err(Error::file(output, "a folder", "a file"));
+    }
+    Ok(())
+}
+
+/// Builds the folder from finished layers and puts it in place of an earlier one; the work folder is gone then.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Tensor`] if a tensor outside the layers does not fit half precision.
+pub fn assemble(
+    handle: &dyn ModelHandle,
+    options: &QuantizeOptions,
+    work: &WorkFolder,
+    output: &Path,
+    report: &QuantizeReport,
+) -> Result<()> {
+    let staging = work.path("result");
+    remove_dir(&staging)?;
+    write_checkpoint(handle, options, work, &staging)?;
+    for file in model::companion_files(handle.path())? {
+        let target = staging.join(file.file_name().unwrap_or_default());
+        if target.ends_with("config.json") {
+            fsio::write_json(&target, &quantized_config(&fsio::read_json(&file)?, options), 2)?;
+        } else {
+            fsio::write(&target, &fsio::read(&file)?)?;
+        }
+    }
+    let target = output.join(MODEL_FOLDER);
+    let replaced = work.path("replaced");
+    remove_dir(&replaced)?;
+    if target.exists() {
+        fsio::rename(&target, &replaced)?;
+    }
+    fsio::rename(&staging, &target)?;
+    fsio::write_json(output.join(REPORT_FILE), report, 2)?;
+    model_config().write(output)?;
+    work.clear()
+}
+
+fn write_checkpoint(
+    handle: &dyn ModelHandle,
+    options: &QuantizeOptions,
+    work: &WorkFolder,
+    folder: &Path,
+) -> Result<()> {
+    let (spec, source) = (handle.spec(), handle.tensors());
+    let plan = encode::plan(spec, options);
+    let mut writer = CheckpointWriter::create(folder, &plan)?;
+    for index in 0..spec.n_layers {
+        let layer = work.layer(index)?;
+        for (name, _) in encode::layer_plan(spec, options, index).tensors {
+            writer.write(&name, &layer.bytes(&name)?)?;
+        }
+    }
+    for (name, info) in plan.tensors.iter().filter(|(name, _)| !name.contains(".layers.")) {
+        let values = source.read_f32_checked(name, &info.shape)?;
+        writer.write(name, &encode::half(name, &values)?)?;
+    }
+    writer.finish()
+}
+
+/// The model's own `config.json` with half precision and the quantization that AutoAWQ 0.2.9 writes.
+fn quantized_config(config: &Map<String, Value>, options: &QuantizeOptions) -> Map<String, Value> {
+    let mut config = config.clone();
+    let excluded = &options.modules_to_not_convert;
+    let quantization = json!({
+        "bits": options.bits,
+        "group_size": options.group_size,
+        "modules_to_not_convert": if excluded.is_empty() { Value::Null } else { json!(excluded) },
+        "quant_method": "awq",
+        "version": "gemm",
+        "zero_point": options.zero_point,
+    });
+    config.insert("quantization_config".to_owned(), quantization);
+    config.insert("torch_dtype".to_owned(), "float16".into());
+    if let Some(dtype) = config.get_mut("dtype") {
+        *dtype = "float16".into();
+    }
+    config
+}
+
+fn model_config() -> ModelConfigFile {
+    let config = json!({
+        "model_path": MODEL_FOLDER,
+        "task": "text-generation-with-past",
+        "load_kwargs": {
+            "torch_dtype": null,
+            "device_map": null,
+            "max_memory": null,
+            "quantization_method": null,
+            "quantization_config": null,
+            "trust_remote_code": false,
+            "extra_args": {},
+        },
+        "generative": true,
+        "model_attributes": null,
+        "io_config": null,
+    });
+    ModelConfigFile {
+        kind: "HfModel".to_owned(),
+        config: match config {
+            Value::Object(config) => config,
+            _ => Map::new(),
+        },
+    }
+}

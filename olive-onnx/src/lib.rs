@@ -13,6 +13,8 @@
 //! # Ok::<(), olive_core::Error>(())
 //! ```
 
+pub mod adapter;
+pub mod build;
 pub mod error;
 pub mod ir;
 pub mod mmap;

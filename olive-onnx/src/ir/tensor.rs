@@ -211,6 +211,14 @@ impl Tensor {
         }
     }
 
+    /// The file that the data lie in; `None` if they are in memory or made when asked for.
+    pub fn mapped_file(&self) -> Option<&std::path::Path> {
+        match &self.data {
+            Data::Mapped(file, _) => Some(file.path()),
+            _ => None,
+        }
+    }
+
     /// The values of a float tensor.
     ///
     /// # Errors

@@ -1,0 +1,63 @@
+//! RMS norms: `x / sqrt(mean(x²) + ε) · w`, with the residual addition that precedes every one but the first.
+
+use olive_core::Result;
+
+use super::graph::{Builder, dotted};
+use crate::ir::{MICROSOFT, Node};
+
+impl Builder<'_> {
+    /// A norm over the residual stream `root`, to which `delta` is added first. Gives the normed value and the new
+    /// residual.
+    pub fn norm(
+        &mut self,
+        path: &str,
+        stored: &str,
+        root: &str,
+        delta: Option<&str>,
+    ) -> Result<(String, String)> {
+        let hidden = self.spec.hidden_size;
+        let weight = format!("{}.weight", dotted(path));
+        let output = format!("{path}/output_0");
+        self.initializer(self.weights.vector(&weight, stored, hidden)?);
+        let Some(delta) = delta else {
+            let name = format!("{path}/LayerNorm");
+            let node = simplified_norm(&name, [root, &weight], &output, self.epsilon());
+            return Ok((self.hidden(node, hidden), root.to_owned()));
+        };
+        let sum = format!("{path}/output_3");
+        let node = self.skip_norm(path, [root, delta, &weight], &[&output, "", "", &sum]);
+        self.hidden(node, hidden);
+        self.declare(&sum, crate::ir::OnnxType::Float, super::graph::io_shape(hidden));
+        Ok((output, sum))
+    }
+
+    /// The norm before the head.
+    pub fn final_norm(&mut self, root: &str, delta: &str) -> Result<String> {
+        let path = format!("/model/layers.{}/final_norm_layernorm", self.spec.n_layers);
+        let weight = format!("{}.weight", dotted(&path));
+        let stored = self.spec.final_norm_name();
+        self.initializer(self.weights.vector(&weight, stored, self.spec.hidden_size)?);
+        let node = self.skip_norm(&path, [root, delta, &weight], &[&format!("{path}/output_0")]);
+        Ok(self.hidden(node, self.spec.hidden_size))
+    }
+
+    fn skip_norm(&self, path: &str, inputs: [&str; 3], outputs: &[&str]) -> Node {
+        let name = format!("{path}/SkipLayerNorm");
+        Node::new(name, "SkipSimplifiedLayerNormalization", &inputs, outputs)
+            .in_domain(MICROSOFT)
+            .with("epsilon", self.epsilon())
+    }
+
+    /// ε of every norm, as operators take it.
+    pub fn epsilon(&self) -> f32 {
+        self.spec.rms_norm_eps as f32
+    }
+}
+
+/// A norm without an addition, over the last axis.
+pub fn simplified_norm(name: &str, inputs: [&str; 2], output: &str, epsilon: f32) -> Node {
+    Node::new(name, "SimplifiedLayerNormalization", &inputs, &[output])
+        .with("epsilon", epsilon)
+        .with("axis", -1)
+        .with("stash_type", 1)
+}

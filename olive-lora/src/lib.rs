@@ -1,1 +1,46 @@
-//! olive-lora
+//! LoRA fine-tuning of frozen models, dense or packed, with PEFT's files and the semantics of Hugging Face's Trainer.
+//!
+//! ```no_run
+//! use olive_core::decoder::Cpu;
+//! use olive_core::{CancelToken, HfModel, NoProgress, PassContext, Sample};
+//! use olive_lora::{LoraOptions, TrainingArguments, TrainingData, finetune};
+//!
+//! let model = HfModel::open("models/tiny-phi3")?;
+//! let train = vec![Sample::from_ids((5..69).collect())];
+//! let (arguments, warnings) = TrainingArguments::from_pairs([("max_steps", 10.into())])?;
+//! let context = PassContext {
+//!     output: "out".as_ref(),
+//!     progress: &NoProgress,
+//!     cancel: &CancelToken::default(),
+//! };
+//! let data = TrainingData { train: &train, eval: None };
+//! let report = finetune::<Cpu>(&model, data, &LoraOptions::default(), &arguments, &context)?;
+//! println!("loss {:?}, {warnings:?}", report.final_loss);
+//! # Ok::<(), olive_core::Error>(())
+//! ```
+
+pub mod adamw;
+mod adapter;
+mod arguments;
+mod checkpoint;
+mod evaluate;
+mod finetune;
+mod lora_pass;
+pub mod loss_svg;
+mod matching;
+mod network;
+mod options;
+pub mod order;
+pub mod peft_config;
+pub mod schedule;
+pub mod train_log;
+mod trainer;
+
+pub use adapter::{Adapter, AdapterModule, WEIGHTS_FILE};
+pub use arguments::{Interval, Resume, TrainingArguments};
+pub use evaluate::evaluate_perplexity;
+pub use finetune::{TrainReport, finetune, is_adapter};
+pub use lora_pass::{LoraPass, SampleSource};
+pub use matching::{Targets, matched_linears};
+pub use options::{AdaptedLinear, LoraOptions, default_targets};
+pub use trainer::TrainingData;

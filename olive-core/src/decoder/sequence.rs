@@ -36,13 +36,18 @@ pub struct SequenceTables<B: Backend> {
 impl<B: Backend> SequenceTables<B> {
     /// Tables for sequences of `length` tokens from position 0. Longrope's factors are chosen by that length.
     pub fn new(spec: &ModelSpec, length: usize, device: &B::Device) -> Self {
+        Self::for_part(spec, length, length, device)
+    }
+
+    /// Tables for the first `length` tokens of sequences that have `total` of them, padding included.
+    pub fn for_part(spec: &ModelSpec, length: usize, total: usize, device: &B::Device) -> Self {
         let half = spec.rope.rotary_dim / 2;
         let factor = spec.rope.attention_factor() as f32;
         // Angles are products of single-precision numbers, as in the reference implementation: with exact angles
         // the logits of late positions would differ in the fifth digit.
         let frequencies: Vec<f32> = spec
             .rope
-            .inverse_frequencies(length)
+            .inverse_frequencies(total)
             .into_iter()
             .map(|f| f as f32)
             .collect();

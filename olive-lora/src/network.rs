@@ -1,0 +1,216 @@
+//! A frozen model with an adapter, in memory: losses and gradients of sequences.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Tensor;
+use burn::tensor::backend::Backend;
+use olive_core::decoder::{DecoderLayer, DropoutStream, Embedding, Head, LayerTape, SequenceTables};
+use olive_core::{CancelToken, Error, LinearRole, ModelHandle, ModelSpec, Progress, Result, Sample};
+
+use crate::adapter::Adapter;
+
+/// Tables by the length of a sequence and that of its batch, which picks the rotation factors.
+pub(crate) type Tables<B> = BTreeMap<(usize, usize), SequenceTables<B>>;
+
+/// One sequence to train or evaluate on, cut to what is counted.
+#[derive(Clone, Copy)]
+pub(crate) struct Sequence<'a> {
+    pub ids: &'a [u32],
+    pub labels: &'a [i64],
+    /// The longest sequence of its micro-batch.
+    pub batch_length: usize,
+}
+
+impl<'a> Sequence<'a> {
+    /// The part of a sample that is counted: up to its last label. Padding on the right is not seen by what is
+    /// before it, so leaving it out changes nothing.
+    pub fn new(sample: &'a Sample, batch_length: usize) -> Self {
+        let last = sample
+            .labels
+            .iter()
+            .rposition(|label| *label != olive_core::data::IGNORED_LABEL);
+        let end = last.map_or(1, |last| last + 1).min(sample.input_ids.len());
+        Self {
+            ids: &sample.input_ids[..end],
+            labels: &sample.labels[..end],
+            batch_length,
+        }
+    }
+
+    fn key(&self) -> (usize, usize) {
+        (self.ids.len(), self.batch_length)
+    }
+}
+
+/// Labels of a sample that are counted.
+pub(crate) fn trained_tokens(sample: &Sample) -> usize {
+    let counted = |label: &&i64| **label != olive_core::data::IGNORED_LABEL;
+    sample.labels.iter().skip(1).filter(counted).count()
+}
+
+/// Loss and gradients of one sequence.
+pub(crate) struct SequenceResult {
+    /// Sum of the losses.
+    pub sum: f64,
+    /// Of each module `A` then `B`, in the adapter's order; empty where none were asked for.
+    pub gradients: Vec<Vec<f32>>,
+}
+
+/// How gradients are computed.
+#[derive(Clone, Copy)]
+pub(crate) struct GradientMode {
+    /// The gradient is that of the loss times this.
+    pub scale: f64,
+    /// Whether layers are computed again instead of kept.
+    pub recompute: bool,
+}
+
+/// What is kept of a layer's forward.
+enum Kept<B: Backend> {
+    Input(Tensor<B, 3>),
+    Tape(LayerTape<B>),
+}
+
+/// A frozen model with an adapter.
+pub(crate) struct Network<B: Backend> {
+    spec: ModelSpec,
+    embedding: Embedding<B>,
+    layers: Vec<DecoderLayer<B>>,
+    head: Head<B>,
+    /// Layer and role of each module of the adapter, in its order.
+    places: Vec<(usize, LinearRole)>,
+    device: B::Device,
+}
+
+impl<B: Backend> Network<B> {
+    /// Reads the model; packed linears stay packed.
+    pub fn load(model: &dyn ModelHandle, progress: &dyn Progress, cancel: &CancelToken) -> Result<Self> {
+        let (spec, source) = (model.spec(), model.tensors());
+        let device = B::Device::default();
+        progress.start("loading the model", spec.n_layers as u64);
+        let embedding = Embedding::load(source, spec, &device)?;
+        let head = Head::load(source, spec, Some(&embedding), &device)?;
+        let mut layers = Vec::with_capacity(spec.n_layers);
+        for index in 0..spec.n_layers {
+            cancel.check()?;
+            layers.push(DecoderLayer::load(source, spec, index, &device)?);
+            progress.update(index as u64 + 1, "");
+        }
+        progress.finish();
+        Ok(Self {
+            spec: spec.clone(),
+            embedding,
+            layers,
+            head,
+            places: Vec::new(),
+            device,
+        })
+    }
+
+    /// Puts the adapter's present values on the layers.
+    pub fn attach(&mut self, adapter: &Adapter) -> Result<()> {
+        for layer in &mut self.layers {
+            adapter.attach(layer)?;
+        }
+        let places = adapter
+            .modules
+            .iter()
+            .map(|m| (m.place.layer, m.place.linear.role));
+        self.places = places.collect();
+        Ok(())
+    }
+
+    /// Makes the tables that these sequences need, and drops those that they do not.
+    pub fn prepare<'a>(&self, tables: &mut Tables<B>, sequences: impl Iterator<Item = &'a Sequence<'a>>) {
+        let mut needed: Vec<_> = sequences.map(Sequence::key).collect();
+        needed.sort_unstable();
+        needed.dedup();
+        tables.retain(|key, _| needed.binary_search(key).is_ok());
+        for (length, batch) in needed {
+            tables
+                .entry((length, batch))
+                .or_insert_with(|| SequenceTables::for_part(&self.spec, length, batch, &self.device));
+        }
+    }
+
+    /// The loss of one sequence.
+    pub fn loss(&self, sequence: &Sequence<'_>, tables: &Tables<B>) -> Result<SequenceResult> {
+        let tables = tables_of(tables, sequence)?;
+        let mut x = self.embedding.forward(&[sequence.ids])?;
+        for layer in &self.layers {
+            x = layer.forward(x, tables);
+        }
+        let result = self.head.cross_entropy(x, &[sequence.labels], None)?;
+        Ok(SequenceResult {
+            sum: result.sum,
+            gradients: Vec::new(),
+        })
+    }
+
+    /// The loss of one sequence and the adapter's gradients. `dropout` is the stream of this sequence.
+    pub fn gradients(
+        &self,
+        sequence: &Sequence<'_>,
+        tables: &Tables<B>,
+        dropout: DropoutStream,
+        mode: GradientMode,
+    ) -> Result<SequenceResult> {
+        let tables = tables_of(tables, sequence)?;
+        let stream = |index: usize| dropout.child(index as u64);
+        let mut kept = Vec::with_capacity(self.layers.len());
+        let mut x = self.embedding.forward(&[sequence.ids])?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let input = x.clone();
+            let (y, tape) = layer.forward_train(x, tables, &stream(index));
+            kept.push(match mode.recompute {
+                true => Kept::Input(input),
+                false => Kept::Tape(tape),
+            });
+            x = y;
+        }
+        let result = self.head.cross_entropy(x, &[sequence.labels], Some(mode.scale))?;
+        let mut gradients: BTreeMap<(usize, LinearRole), [Vec<f32>; 2]> = BTreeMap::new();
+        let mut dy = result
+            .d_hidden
+            .ok_or_else(|| Error::tensor("loss", "a gradient", "none"))?;
+        // Nothing below the lowest adapted layer is trained.
+        let lowest = self.places.iter().map(|(layer, _)| *layer).min().unwrap_or(0);
+        for (index, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
+            let Some(kept) = kept.pop() else { break };
+            let tape = match kept {
+                Kept::Tape(tape) => tape,
+                Kept::Input(x) => layer.forward_train(x, tables, &stream(index)).1,
+            };
+            let mut own = Vec::new();
+            dy = layer.backward(tape, dy, tables, &stream(index), &mut own);
+            for (role, gradient) in own {
+                gradients.insert((index, role), [host(gradient.a)?, host(gradient.b)?]);
+            }
+        }
+        let in_order = self.places.iter().map(|place| {
+            let pair = gradients.remove(place);
+            pair.ok_or_else(|| Error::tensor(format!("{place:?}"), "a gradient", "none"))
+        });
+        let in_order: Vec<[Vec<f32>; 2]> = in_order.collect::<Result<_>>()?;
+        Ok(SequenceResult {
+            sum: result.sum,
+            gradients: in_order.into_iter().flatten().collect(),
+        })
+    }
+}
+
+fn tables_of<'a, B: Backend>(
+    tables: &'a Tables<B>,
+    sequence: &Sequence<'_>,
+) -> Result<&'a SequenceTables<B>> {
+    tables
+        .get(&sequence.key())
+        .ok_or_else(|| Error::tensor("input_ids", "a prepared length", format!("{:?}", sequence.key())))
+}
+
+fn host<B: Backend>(x: Tensor<B, 2>) -> Result<Vec<f32>> {
+    x.into_data()
+        .convert::<f32>()
+        .into_vec()
+        .map_err(|error| Error::tensor("gradient", "single precision", format!("{error:?}")))
+}

@@ -1,0 +1,443 @@
+//! The training loop, with the semantics of Hugging Face's Trainer as Olive sets it up.
+//!
+//! An optimizer step: micro-batches in the order of [`crate::order`]; the loss of a micro-batch is the mean over its
+//! labels, that of a step the mean over its micro-batches (whatever their sizes); gradients are clipped by their
+//! global norm; AdamW; then the schedule moves on.
+//!
+//! Sequences of a step run side by side, each on one thread, and their gradients are added in the order of the
+//! samples: the result does not depend on the number of threads, nor on where a run was interrupted.
+
+use std::time::{Duration, Instant};
+
+use burn::tensor::backend::Backend;
+use olive_core::decoder::DropoutStream;
+use olive_core::{Error, ModelHandle, PassContext, Result, Sample};
+use rayon::prelude::*;
+
+use crate::adamw::{self, Moments};
+use crate::adapter::Adapter;
+use crate::arguments::TrainingArguments;
+use crate::checkpoint::{self, INTERRUPTED_FOLDER, Snapshot, TrainerState};
+use crate::network::{GradientMode, Network, Sequence, SequenceResult, Tables, trained_tokens};
+use crate::order::{BatchPlan, StepSamples};
+use crate::schedule::LearningRate;
+use crate::train_log::{self, LogEntry};
+
+/// A run that takes longer keeps a checkpoint of its own, in case it is interrupted.
+const KEEP_EVERY: Duration = Duration::from_secs(120);
+
+/// Samples to train on, and to evaluate on.
+#[derive(Debug, Clone, Copy)]
+pub struct TrainingData<'a> {
+    /// To train on.
+    pub train: &'a [Sample],
+    /// To evaluate on.
+    pub eval: Option<&'a [Sample]>,
+}
+
+/// What identifies a run; see [`crate::finetune`].
+pub(crate) struct RunIdentity {
+    /// Digest of everything that decides the result.
+    pub digest: String,
+    /// The base's name in the files of the adapter.
+    pub base_model: String,
+}
+
+/// One step as it was computed.
+struct StepOutcome {
+    loss: f64,
+    gradients: Vec<Vec<f32>>,
+    tokens: u64,
+    longest: usize,
+}
+
+/// A run in progress.
+pub(crate) struct Trainer<'a, B: Backend> {
+    network: Network<B>,
+    data: TrainingData<'a>,
+    lengths: Vec<usize>,
+    arguments: &'a TrainingArguments,
+    plan: BatchPlan,
+    rate: LearningRate,
+    total_steps: usize,
+    context: &'a PassContext<'a>,
+    identity: RunIdentity,
+    tables: Tables<B>,
+    snapshot: Snapshot,
+    kept_at: Instant,
+    logged_at: (Instant, u64),
+}
+
+impl<'a, B: Backend> Trainer<'a, B> {
+    /// A run from the adapter's present values.
+    pub fn new(
+        model: &dyn ModelHandle,
+        data: TrainingData<'a>,
+        arguments: &'a TrainingArguments,
+        start: Start,
+        identity: RunIdentity,
+        context: &'a PassContext<'a>,
+    ) -> Result<Self> {
+        let plan = BatchPlan {
+            samples: data.train.len(),
+            batch_size: arguments.per_device_train_batch_size,
+            accumulation: arguments.gradient_accumulation_steps,
+            drop_last: arguments.dataloader_drop_last,
+            seed: arguments.data_seed.unwrap_or(arguments.seed),
+            by_length: arguments.group_by_length,
+        };
+        check_samples(&data, &plan)?;
+        let total_steps = arguments.total_steps(plan.steps_per_epoch());
+        let mut network = Network::load(model, context.progress, context.cancel)?;
+        let snapshot = match start {
+            Start::Fresh(adapter) => fresh(adapter, total_steps, &identity),
+            Start::From(snapshot) => *snapshot,
+        };
+        network.attach(&snapshot.adapter)?;
+        let seen = snapshot.state.num_input_tokens_seen;
+        Ok(Self {
+            network,
+            lengths: data.train.iter().map(|s| s.length.max(1)).collect(),
+            data,
+            arguments,
+            plan,
+            rate: arguments.learning_rates(total_steps),
+            total_steps,
+            context,
+            identity,
+            tables: Tables::new(),
+            snapshot,
+            kept_at: Instant::now(),
+            logged_at: (Instant::now(), seen),
+        })
+    }
+
+    /// Trains to the end and gives the last state.
+    pub fn run(mut self) -> Result<Snapshot> {
+        let steps_per_epoch = self.plan.steps_per_epoch();
+        self.context.progress.start("training", self.total_steps as u64);
+        if self.snapshot.state.global_step == 0 && self.arguments.eval_on_start {
+            self.evaluate()?;
+        }
+        let mut epoch = usize::MAX;
+        let mut steps: Vec<StepSamples> = Vec::new();
+        while self.snapshot.state.global_step < self.total_steps {
+            let done = self.snapshot.state.global_step;
+            if epoch != done / steps_per_epoch {
+                epoch = done / steps_per_epoch;
+                steps = self.plan.epoch(epoch, &self.lengths);
+            }
+            if self.context.cancel.is_cancelled() {
+                self.keep()?;
+                return Err(Error::Cancelled);
+            }
+            let in_epoch = done % steps_per_epoch;
+            let batches: usize = steps[..=in_epoch].iter().map(Vec::len).sum();
+            let position = epoch as f64 + batches as f64 / self.plan.batches_per_epoch() as f64;
+            self.step(&steps[in_epoch], position)?;
+            self.after_step(in_epoch + 1 == steps_per_epoch)?;
+        }
+        self.context.progress.finish();
+        Ok(self.snapshot)
+    }
+
+    /// One optimizer step.
+    fn step(&mut self, samples: &StepSamples, epoch: f64) -> Result<()> {
+        let step = self.snapshot.state.global_step + 1;
+        let mut outcome = self.gradients(samples, step)?;
+        let norm = adamw::global_norm(&outcome.gradients);
+        self.check_gradients(&outcome, norm, step)?;
+        if self.arguments.max_grad_norm > 0.0 {
+            adamw::clip(&mut outcome.gradients, norm, self.arguments.max_grad_norm);
+        }
+        let rate = self.rate.at(step - 1);
+        let Snapshot {
+            adapter,
+            moments,
+            state,
+        } = &mut self.snapshot;
+        let mut parameters: Vec<&mut Vec<f32>> = adapter
+            .modules
+            .iter_mut()
+            .flat_map(|module| [&mut module.a, &mut module.b])
+            .collect();
+        self.arguments
+            .adamw
+            .step(step, rate, &mut parameters, &outcome.gradients, moments);
+        self.network.attach(adapter)?;
+        state.global_step = step;
+        state.epoch = epoch;
+        state.num_input_tokens_seen += outcome.tokens;
+        let (sum, count) = state.pending_loss;
+        state.pending_loss = (sum + outcome.loss, count + 1);
+        self.report(&outcome, norm, rate);
+        Ok(())
+    }
+
+    /// Loss and gradients of a step, from its sequences side by side.
+    fn gradients(&mut self, samples: &StepSamples, step: usize) -> Result<StepOutcome> {
+        let mut sequences = Vec::new();
+        let mut tokens_of = Vec::with_capacity(samples.len());
+        let dropout = self.snapshot.adapter.options.dropout;
+        for (micro, rows) in samples.iter().enumerate() {
+            let batch = rows.iter().map(|i| &self.data.train[*i]);
+            let longest = batch.clone().map(|s| s.input_ids.len()).max().unwrap_or(0);
+            tokens_of.push(batch.clone().map(trained_tokens).sum::<usize>());
+            for (row, sample) in batch.enumerate() {
+                let stream = DropoutStream::new(dropout, self.arguments.seed, row * longest)
+                    .child(step as u64)
+                    .child(micro as u64);
+                sequences.push((micro, Sequence::new(sample, longest), stream));
+            }
+        }
+        self.network.prepare(
+            &mut self.tables,
+            sequences.iter().map(|(_, sequence, _)| sequence),
+        );
+        let recompute = self.arguments.gradient_checkpointing;
+        let micro_batches = samples.len() as f64;
+        let mut outcome = StepOutcome {
+            loss: 0.0,
+            gradients: Vec::new(),
+            tokens: sequences.iter().map(|(_, s, _)| s.ids.len() as u64).sum(),
+            longest: sequences.iter().map(|(_, s, _)| s.ids.len()).max().unwrap_or(0),
+        };
+        for group in sequences.chunks(rayon::current_num_threads().max(1)) {
+            self.context.cancel.check()?;
+            let results: Vec<SequenceResult> = group
+                .par_iter()
+                .map(|(micro, sequence, stream)| {
+                    let scale = 1.0 / (tokens_of[*micro] as f64 * micro_batches);
+                    let mode = GradientMode { scale, recompute };
+                    self.network.gradients(sequence, &self.tables, *stream, mode)
+                })
+                .collect::<Result<_>>()?;
+            for ((micro, ..), result) in group.iter().zip(results) {
+                if !result.sum.is_finite() {
+                    let samples = &samples[*micro];
+                    let what =
+                        format!("loss of optimizer step {step}, micro-batch {micro} (samples {samples:?})");
+                    return Err(Error::NotFinite { what, found: 1 });
+                }
+                outcome.loss += result.sum / tokens_of[*micro] as f64 / micro_batches;
+                add(&mut outcome.gradients, result.gradients);
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Stops at the first gradient that is not finite, and at a module that is never trained.
+    fn check_gradients(&self, outcome: &StepOutcome, norm: f64, step: usize) -> Result<()> {
+        let name = |index: usize| {
+            let module = &self.snapshot.adapter.modules[index / 2].place.linear.name;
+            format!("{module}.{}", ["lora_A", "lora_B"][index % 2])
+        };
+        if !norm.is_finite() {
+            let bad = |gradient: &Vec<f32>| gradient.iter().filter(|g| !g.is_finite()).count();
+            let first = outcome
+                .gradients
+                .iter()
+                .enumerate()
+                .find(|(_, gradient)| bad(gradient) > 0);
+            let (index, found) = first.map_or((0, 0), |(index, gradient)| (index, bad(gradient)));
+            let what = format!("gradient of `{}` in optimizer step {step}", name(index));
+            return Err(Error::NotFinite { what, found });
+        }
+        // In very short sequences attention may have nothing to choose from, and its gradient is 0 rightly.
+        if step == 1 && outcome.longest >= 4 {
+            let idle = outcome
+                .gradients
+                .iter()
+                .enumerate()
+                .filter(|(index, _)| index % 2 == 1)
+                .find(|(_, gradient)| gradient.iter().all(|g| *g == 0.0));
+            if let Some((index, _)) = idle {
+                return Err(Error::tensor(
+                    name(index),
+                    "a gradient after the first step",
+                    "zeros only",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Says how far the run is, and adds a line to the log if one is due.
+    fn report(&mut self, outcome: &StepOutcome, norm: f64, rate: f64) {
+        let state = &mut self.snapshot.state;
+        let (since, tokens) = self.logged_at;
+        let speed = (state.num_input_tokens_seen - tokens) as f64 / since.elapsed().as_secs_f64().max(1e-9);
+        let note = format!("loss {:.4}, {speed:.0} tokens/s", outcome.loss);
+        self.context.progress.update(state.global_step as u64, &note);
+        let epoch_ends = state.global_step.is_multiple_of(self.plan.steps_per_epoch());
+        let first = self.arguments.logging_first_step && state.global_step == 1;
+        let due = self
+            .arguments
+            .logging
+            .is_due(state.global_step, self.total_steps, epoch_ends);
+        if due || first {
+            let (sum, count) = std::mem::take(&mut state.pending_loss);
+            state.log_history.push(LogEntry {
+                step: state.global_step,
+                epoch: state.epoch,
+                loss: Some(sum / count as f64),
+                grad_norm: Some(norm),
+                learning_rate: Some(rate),
+                eval_loss: None,
+                tokens: state.num_input_tokens_seen,
+                tokens_per_s: Some(speed),
+            });
+            self.logged_at = (Instant::now(), state.num_input_tokens_seen);
+        }
+    }
+
+    /// Evaluates, saves and keeps what is due after a step.
+    fn after_step(&mut self, epoch_ends: bool) -> Result<()> {
+        let step = self.snapshot.state.global_step;
+        if self.data.eval.is_some() && self.arguments.eval.is_due(step, self.total_steps, epoch_ends) {
+            self.evaluate()?;
+        }
+        train_log::write(self.context.output, &self.snapshot.state.log_history)?;
+        let at_end = step == self.total_steps && self.arguments.save_at_end;
+        if at_end || self.arguments.save.is_due(step, self.total_steps, epoch_ends) {
+            let folder = checkpoint::folder_of(self.context.output, step);
+            self.untimed().write(&folder, &self.identity.base_model)?;
+            checkpoint::rotate(self.context.output, self.arguments.save_total_limit)?;
+            self.kept_at = Instant::now();
+        } else if self.kept_at.elapsed() > KEEP_EVERY && step < self.total_steps {
+            self.keep()?;
+        }
+        Ok(())
+    }
+
+    /// Adds the mean loss of a token of the evaluation data to the log.
+    fn evaluate(&mut self) -> Result<()> {
+        let Some(samples) = self.data.eval else {
+            return Ok(());
+        };
+        let sequences: Vec<Sequence<'_>> = samples
+            .iter()
+            .map(|sample| Sequence::new(sample, sample.input_ids.len()))
+            .collect();
+        let mut tables = Tables::new();
+        let (mut sum, mut tokens) = (0.0, 0);
+        for (group, own) in sequences.chunks(64).zip(samples.chunks(64)) {
+            self.context.cancel.check()?;
+            self.network.prepare(&mut tables, group.iter());
+            let results: Vec<SequenceResult> = group
+                .par_iter()
+                .map(|sequence| self.network.loss(sequence, &tables))
+                .collect::<Result<_>>()?;
+            sum += results.iter().map(|result| result.sum).sum::<f64>();
+            tokens += own.iter().map(trained_tokens).sum::<usize>();
+        }
+        let state = &mut self.snapshot.state;
+        let loss = sum / tokens as f64;
+        if !loss.is_finite() {
+            let what = format!("evaluation loss after optimizer step {}", state.global_step);
+            return Err(Error::NotFinite { what, found: 1 });
+        }
+        state.log_history.push(LogEntry {
+            step: state.global_step,
+            epoch: state.epoch,
+            loss: None,
+            grad_norm: None,
+            learning_rate: None,
+            eval_loss: Some(loss),
+            tokens: state.num_input_tokens_seen,
+            tokens_per_s: None,
+        });
+        self.context
+            .progress
+            .update(state.global_step as u64, &format!("evaluation loss {loss:.4}"));
+        Ok(())
+    }
+
+    /// The state without timings, so that two runs write the same bytes.
+    fn untimed(&self) -> Snapshot {
+        let mut snapshot = self.snapshot.clone();
+        for entry in &mut snapshot.state.log_history {
+            entry.tokens_per_s = None;
+        }
+        snapshot
+    }
+
+    /// Keeps the present state for a run that continues this one.
+    fn keep(&mut self) -> Result<()> {
+        let parent = self.context.output.join(INTERRUPTED_FOLDER);
+        let folder = checkpoint::folder_of(&parent, self.snapshot.state.global_step);
+        self.untimed().write(&folder, &self.identity.base_model)?;
+        checkpoint::rotate(&parent, Some(1))?;
+        self.kept_at = Instant::now();
+        Ok(())
+    }
+}
+
+/// Where a run begins.
+pub(crate) enum Start {
+    /// At step 0, from these values.
+    Fresh(Adapter),
+    /// Where an earlier run was.
+    From(Box<Snapshot>),
+}
+
+fn fresh(adapter: Adapter, max_steps: usize, identity: &RunIdentity) -> Snapshot {
+    let moments = adapter
+        .modules
+        .iter()
+        .flat_map(|module| [Moments::zeros(module.a.len()), Moments::zeros(module.b.len())])
+        .collect();
+    let state = TrainerState {
+        global_step: 0,
+        max_steps,
+        epoch: 0.0,
+        num_input_tokens_seen: 0,
+        pending_loss: (0.0, 0),
+        log_history: Vec::new(),
+        run_digest: identity.digest.clone(),
+    };
+    Snapshot {
+        adapter,
+        moments,
+        state,
+    }
+}
+
+/// Refuses data on which a step would be undefined.
+fn check_samples(data: &TrainingData<'_>, plan: &BatchPlan) -> Result<()> {
+    if plan.steps_per_epoch() == 0 {
+        let expected = format!("at least one micro-batch of {}", plan.batch_size);
+        return Err(Error::tensor(
+            "training data",
+            expected,
+            format!("{} samples", plan.samples),
+        ));
+    }
+    for (what, samples) in [("training", Some(data.train)), ("evaluation", data.eval)] {
+        let Some(samples) = samples else { continue };
+        for (index, sample) in samples.iter().enumerate() {
+            let name = format!("{what} sample {index}");
+            if sample.labels.len() != sample.input_ids.len() {
+                let found = format!("{} for {}", sample.labels.len(), sample.input_ids.len());
+                return Err(Error::tensor(name, "a label for each token", found));
+            }
+            if trained_tokens(sample) == 0 {
+                return Err(Error::tensor(name, "a token that is trained on", "none"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Adds gradients, element by element.
+fn add(sums: &mut Vec<Vec<f32>>, gradients: Vec<Vec<f32>>) {
+    if sums.is_empty() {
+        *sums = gradients;
+        return;
+    }
+    sums.par_iter_mut().zip(gradients).for_each(|(sum, gradient)| {
+        for (s, g) in sum.iter_mut().zip(gradient) {
+            *s += g;
+        }
+    });
+}

@@ -68,7 +68,8 @@ pub fn build_graph(source: &Arc<HfModel>, options: &BuilderOptions, lora: &LoraT
         residual = root;
         delta = Some(builder.mlp(layer, &normed)?);
     }
-    let last = delta.ok_or_else(|| Error::unsupported("a model without layers", "there is nothing to build"))?;
+    let last =
+        delta.ok_or_else(|| Error::unsupported("a model without layers", "there is nothing to build"))?;
     let normed = builder.final_norm(&residual, &last)?;
     builder.head(&normed)?;
     declare_outputs(&mut builder);
@@ -95,7 +96,10 @@ fn opset(domain: &str, version: i64) -> Opset {
 fn check_sizes(spec: &ModelSpec, options: &BuilderOptions) -> Result<()> {
     let table_width = spec.rope.rotary_dim / 2;
     if table_width > spec.head_dim / 2 {
-        let what = format!("a rotary embedding of {} of {} elements", spec.rope.rotary_dim, spec.head_dim);
+        let what = format!(
+            "a rotary embedding of {} of {} elements",
+            spec.rope.rotary_dim, spec.head_dim
+        );
         return Err(Error::unsupported(what, "it can rotate a head at most"));
     }
     if !table_width.is_multiple_of(8) {
@@ -108,11 +112,17 @@ fn check_sizes(spec: &ModelSpec, options: &BuilderOptions) -> Result<()> {
         let group = usize::try_from(quantization.group_size).unwrap_or(0);
         if group < 16 || !group.is_power_of_two() {
             let what = format!("a packed checkpoint with groups of {}", quantization.group_size);
-            return Err(Error::unsupported(what, "MatMulNBits takes powers of two from 16 on"));
+            return Err(Error::unsupported(
+                what,
+                "MatMulNBits takes powers of two from 16 on",
+            ));
         }
     }
     if options.precision == Precision::Int4 && spec.hidden_size < options.block_size {
-        let what = format!("a block of {} for {} inputs", options.block_size, spec.hidden_size);
+        let what = format!(
+            "a block of {} for {} inputs",
+            options.block_size, spec.hidden_size
+        );
         return Err(Error::unsupported(what, "a block has to fit into a row"));
     }
     Ok(())
@@ -122,13 +132,22 @@ fn declare_inputs(builder: &mut Builder<'_>) {
     let spec = builder.spec;
     let ids = ["batch_size".into(), "sequence_length".into()];
     let mask = ["batch_size".into(), "total_sequence_length".into()];
-    builder.graph.inputs.push(ValueInfo::new("input_ids", OnnxType::Int64, ids));
-    builder.graph.inputs.push(ValueInfo::new("attention_mask", OnnxType::Int64, mask));
+    builder
+        .graph
+        .inputs
+        .push(ValueInfo::new("input_ids", OnnxType::Int64, ids));
+    builder
+        .graph
+        .inputs
+        .push(ValueInfo::new("attention_mask", OnnxType::Int64, mask));
     for part in ["key", "value"] {
         for layer in 0..spec.n_layers {
             let name = format!("past_key_values.{layer}.{part}");
             let shape = cache_shape(spec, "past_sequence_length");
-            builder.graph.inputs.push(ValueInfo::new(name, OnnxType::Float, shape));
+            builder
+                .graph
+                .inputs
+                .push(ValueInfo::new(name, OnnxType::Float, shape));
         }
     }
 }
@@ -141,11 +160,19 @@ fn declare_outputs(builder: &mut Builder<'_>) {
         for layer in 0..spec.n_layers {
             let name = format!("present.{layer}.{part}");
             let shape = cache_shape(spec, "total_sequence_length");
-            builder.graph.outputs.push(ValueInfo::new(name, OnnxType::Float, shape));
+            builder
+                .graph
+                .outputs
+                .push(ValueInfo::new(name, OnnxType::Float, shape));
         }
     }
 }
 
 fn cache_shape(spec: &ModelSpec, length: &str) -> [crate::ir::Dim; 4] {
-    ["batch_size".into(), spec.n_kv_heads.into(), length.into(), "kv_cache_dim".into()]
+    [
+        "batch_size".into(),
+        spec.n_kv_heads.into(),
+        length.into(),
+        "kv_cache_dim".into(),
+    ]
 }

@@ -19,7 +19,10 @@ pub mod error;
 pub mod ir;
 pub mod mmap;
 pub mod model;
+pub mod package;
 pub mod serde;
 
+pub use build::{BuilderOptions, Precision};
 pub use error::GraphError;
 pub use model::OnnxFolder;
+pub use package::{BuildPlan, BuildReport, build_model_folder, plan_model_folder};

@@ -39,7 +39,7 @@ pub fn convert_adapter(folder: &Path, options: &ConvertOptions<'_>, output: &Pat
     };
     let places = places(&peft, &sizes)?;
     if let Some((graph, model)) = graph.zip(options.model) {
-        check_against(graph, &places, model)?;
+        check_against(graph, &places, options.dtype, model)?;
     }
     let parameters = tensors(&peft, places, options.dtype)?;
     let adapter = AdapterFile {
@@ -129,12 +129,27 @@ fn places(peft: &PeftAdapter, sizes: &Sizes) -> Result<Vec<Place>> {
                 in_features: pair.in_features,
                 out_features: rows.len(),
             };
-            places.push((layer, place_order(name), Place { input, pair: pair.clone(), rows }));
+            places.push((
+                layer,
+                place_order(name),
+                Place {
+                    input,
+                    pair: pair.clone(),
+                    rows,
+                },
+            ));
         }
     }
     if !unknown.is_empty() {
-        let what = format!("an adapter of {} module(s): {}", unknown.len(), unknown.join(", "));
-        return Err(Error::unsupported(what, "only linears of decoder layers take one"));
+        let what = format!(
+            "an adapter of {} module(s): {}",
+            unknown.len(),
+            unknown.join(", ")
+        );
+        return Err(Error::unsupported(
+            what,
+            "only linears of decoder layers take one",
+        ));
     }
     places.sort_by_key(|(layer, order, _)| (*layer, *order));
     Ok(places.into_iter().map(|(_, _, place)| place).collect())
@@ -151,7 +166,10 @@ const ORDER: [&str; 7] = [
 ];
 
 fn place_order(name: &str) -> usize {
-    ORDER.iter().position(|known| *known == name).unwrap_or(ORDER.len())
+    ORDER
+        .iter()
+        .position(|known| *known == name)
+        .unwrap_or(ORDER.len())
 }
 
 /// `model.layers.7.self_attn.q_proj` → 7 and `self_attn.q_proj`.
@@ -198,7 +216,7 @@ fn cut(pair: &LoraPair, part: &str, sizes: &Sizes) -> Result<Vec<(&'static str, 
 }
 
 /// Checks that the graph's adapter inputs are exactly those of `places`.
-fn check_against(graph: &Graph, places: &[Place], model: &Path) -> Result<()> {
+fn check_against(graph: &Graph, places: &[Place], dtype: DType, model: &Path) -> Result<()> {
     let inputs: Vec<&str> = graph
         .optional_inputs()
         .map(|input| input.name.as_str())
@@ -208,15 +226,34 @@ fn check_against(graph: &Graph, places: &[Place], model: &Path) -> Result<()> {
         let expected = "a graph with adapter inputs";
         return Err(Error::file(model, expected, "none; build it with an adapter"));
     }
-    let names: Vec<String> = places.iter().flat_map(|p| [p.input.a_name(), p.input.b_name()]).collect();
-    let unknown: Vec<String> = names.iter().filter(|n| !inputs.contains(&n.as_str())).cloned().collect();
+    let names: Vec<String> = places
+        .iter()
+        .flat_map(|p| [p.input.a_name(), p.input.b_name()])
+        .collect();
+    let unknown: Vec<String> = names
+        .iter()
+        .filter(|n| !inputs.contains(&n.as_str()))
+        .cloned()
+        .collect();
     if !unknown.is_empty() {
-        let what = format!("an adapter with {} weight(s) that the graph has no input for: {}", unknown.len(), unknown.join(", "));
+        let what = format!(
+            "an adapter with {} weight(s) that the graph has no input for: {}",
+            unknown.len(),
+            unknown.join(", ")
+        );
         return Err(mismatch(what, model));
     }
-    let missing: Vec<String> = inputs.iter().filter(|n| !names.iter().any(|name| name == *n)).map(|n| (*n).to_owned()).collect();
+    let missing: Vec<String> = inputs
+        .iter()
+        .filter(|n| !names.iter().any(|name| name == *n))
+        .map(|n| (*n).to_owned())
+        .collect();
     if !missing.is_empty() {
-        let what = format!("an adapter without {} weight(s) that the graph has inputs for: {}", missing.len(), missing.join(", "));
+        let what = format!(
+            "an adapter without {} weight(s) that the graph has inputs for: {}",
+            missing.len(),
+            missing.join(", ")
+        );
         return Err(mismatch(what, model));
     }
     for place in places {
@@ -224,10 +261,23 @@ fn check_against(graph: &Graph, places: &[Place], model: &Path) -> Result<()> {
             (place.input.a_name(), 0, place.input.in_features),
             (place.input.b_name(), 1, place.input.out_features),
         ] {
-            let shape = graph.input(&name).and_then(|input| input.shape.as_deref());
+            let input = graph.input(&name);
+            let wanted = input.and_then(|input| input.dtype).and_then(OnnxType::to_core);
+            if wanted != Some(dtype) {
+                let expected = wanted.map_or_else(
+                    || "a known type".to_owned(),
+                    |wanted| format!("{wanted} as the graph has it"),
+                );
+                return Err(Error::tensor(name, expected, dtype.to_string()));
+            }
+            let shape = input.and_then(|input| input.shape.as_deref());
             if shape.and_then(|dims| dims.get(fixed)) != Some(&Dim::Known(size)) {
                 let text: Vec<String> = shape.unwrap_or_default().iter().map(Dim::to_string).collect();
-                return Err(Error::tensor(name, format!("[{}] as the graph has it", text.join(", ")), size.to_string()));
+                return Err(Error::tensor(
+                    name,
+                    format!("[{}] as the graph has it", text.join(", ")),
+                    size.to_string(),
+                ));
             }
         }
     }
@@ -235,7 +285,13 @@ fn check_against(graph: &Graph, places: &[Place], model: &Path) -> Result<()> {
 }
 
 fn mismatch(what: String, model: &Path) -> Error {
-    Error::unsupported(what, format!("adapter and `{}` have to have the same adapted linears", model.display()))
+    Error::unsupported(
+        what,
+        format!(
+            "adapter and `{}` have to have the same adapted linears",
+            model.display()
+        ),
+    )
 }
 
 fn tensors(peft: &Arc<PeftAdapter>, places: Vec<Place>, dtype: DType) -> Result<Vec<Tensor>> {
@@ -243,7 +299,12 @@ fn tensors(peft: &Arc<PeftAdapter>, places: Vec<Place>, dtype: DType) -> Result<
         DType::F32 => OnnxType::Float,
         DType::F16 => OnnxType::Float16,
         other => {
-            return Err(Error::config("convert-adapters", "dtype", "float32 or float16", other.to_string()));
+            return Err(Error::config(
+                "convert-adapters",
+                "dtype",
+                "float32 or float16",
+                other.to_string(),
+            ));
         }
     };
     let rank = peft.rank();
@@ -253,7 +314,13 @@ fn tensors(peft: &Arc<PeftAdapter>, places: Vec<Place>, dtype: DType) -> Result<
         let (a_name, b_name) = (place.input.a_name(), place.input.b_name());
         let (a_shape, b_shape) = ([place.input.in_features, rank], [rank, place.input.out_features]);
         let (source, own) = (peft.clone(), place.clone());
-        let a = move || Ok(encode(transposed(&source.read_a(&own.pair)?, own.pair.rank, rank)));
+        let a = move || {
+            Ok(encode(transposed(
+                &source.read_a(&own.pair)?,
+                own.pair.rank,
+                rank,
+            )))
+        };
         tensors.push(Tensor::produced(a_name, onnx, a_shape, Arc::new(a))?);
         let source = peft.clone();
         let b = move || {

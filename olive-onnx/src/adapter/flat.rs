@@ -20,7 +20,8 @@ impl<'a> Flat<'a> {
     }
 
     fn u16(self, position: usize) -> Option<usize> {
-        self.array(position).map(|bytes| usize::from(u16::from_le_bytes(bytes)))
+        self.array(position)
+            .map(|bytes| usize::from(u16::from_le_bytes(bytes)))
     }
 
     fn u32(self, position: usize) -> Option<usize> {

@@ -56,13 +56,18 @@ pub fn read_adapter(path: &Path) -> Result<AdapterFile> {
         return Err(broken("a file without the identifier `TORT`"));
     }
     let root = flat.root().ok_or_else(|| broken("a broken root table"))?;
-    let version = |index| flat.int_field(root, index).ok_or_else(|| broken("a broken version field"));
+    let version = |index| {
+        flat.int_field(root, index)
+            .ok_or_else(|| broken("a broken version field"))
+    };
     let format_version = version(0)?;
     if format_version != FORMAT_VERSION {
         let expected = format!("format version {FORMAT_VERSION}");
         return Err(Error::file(path, expected, format_version.to_string()));
     }
-    let (count, first) = flat.tables_field(root, 3).ok_or_else(|| broken("a broken list of parameters"))?;
+    let (count, first) = flat
+        .tables_field(root, 3)
+        .ok_or_else(|| broken("a broken list of parameters"))?;
     let mut names = HashSet::new();
     let mut parameters = Vec::new();
     for index in 0..count {
@@ -108,8 +113,13 @@ impl RawParameter {
             Error::file(path, "element types that olive reads", found)
         })?;
         let shape: Option<Vec<usize>> = self.dims.iter().map(|size| usize::try_from(*size).ok()).collect();
-        let shape = shape
-            .ok_or_else(|| Error::tensor(&self.name, "sizes that are not negative", format!("{:?}", self.dims)))?;
+        let shape = shape.ok_or_else(|| {
+            Error::tensor(
+                &self.name,
+                "sizes that are not negative",
+                format!("{:?}", self.dims),
+            )
+        })?;
         Tensor::mapped(self.name, dtype, shape, file.clone(), self.data)
     }
 }
@@ -157,7 +167,12 @@ pub fn write_adapter(path: &Path, adapter: &AdapterFile) -> Result<u64> {
         head.extend_from_slice(&(number as u16).to_le_bytes());
     }
     let back = (head.len() - fields) as i32;
-    for number in [back, FORMAT_VERSION, adapter.adapter_version, adapter.model_version] {
+    for number in [
+        back,
+        FORMAT_VERSION,
+        adapter.adapter_version,
+        adapter.model_version,
+    ] {
         head.extend_from_slice(&number.to_le_bytes());
     }
     offset(&mut head, list);
@@ -194,13 +209,20 @@ fn write_body(path: &Path, head: &[u8], tensors: &[Tensor], places: &[Place], en
     out.write(head)?;
     for (tensor, place) in tensors.iter().zip(places) {
         out.vector(place.name, tensor.name.len(), tensor.name.as_bytes())?;
-        let dims: Vec<u8> = tensor.shape().iter().flat_map(|size| (*size as i64).to_le_bytes()).collect();
+        let dims: Vec<u8> = tensor
+            .shape()
+            .iter()
+            .flat_map(|size| (*size as i64).to_le_bytes())
+            .collect();
         out.vector(place.dims, tensor.shape().len(), &dims)?;
         let bytes = tensor.bytes()?;
         out.vector(place.data, bytes.len(), &bytes)?;
     }
     out.pad_to(end)?;
-    let file = out.file.into_inner().map_err(|e| Error::io("write", path)(e.into_error()))?;
+    let file = out
+        .file
+        .into_inner()
+        .map_err(|e| Error::io("write", path)(e.into_error()))?;
     file.sync_all().map_err(Error::io("sync", path))
 }
 
@@ -252,7 +274,11 @@ mod tests {
         AdapterFile {
             adapter_version: 3,
             model_version: -1,
-            parameters: vec![tensor("a.lora_A", [3, 2]), tensor("a.lora_B.w", [2, 5]), tensor("é", [0, 7])],
+            parameters: vec![
+                tensor("a.lora_A", [3, 2]),
+                tensor("a.lora_B.w", [2, 5]),
+                tensor("é", [0, 7]),
+            ],
         }
     }
 
@@ -283,7 +309,9 @@ mod tests {
     fn data_begin_at_multiples_of_eight() {
         let bytes = write(&sample());
         let data = (-3.5f32).to_le_bytes().to_vec();
-        let places: Vec<usize> = (0..bytes.len() - 4).filter(|i| bytes[*i..*i + 4] == data).collect();
+        let places: Vec<usize> = (0..bytes.len() - 4)
+            .filter(|i| bytes[*i..*i + 4] == data)
+            .collect();
         assert_eq!(places.len(), 2);
         assert!(places.iter().all(|place| place.is_multiple_of(8)));
     }

@@ -151,23 +151,40 @@ impl Config {
         let fields: Map<String, Value> = fsio::read_json(path)?;
         let origin = format!("`{}`", path.display());
         let wrong = |key: &str, expected: &str| {
-            let found = fields.get(key).map_or_else(|| "nothing".to_owned(), Value::to_string);
+            let found = fields
+                .get(key)
+                .map_or_else(|| "nothing".to_owned(), Value::to_string);
             Error::config(&origin, key, expected, found)
         };
         refuse_other_kinds(&origin, &fields)?;
-        let rank = fields.get("r").map_or(Some(8), Value::as_u64).and_then(|n| usize::try_from(n).ok());
-        let rank = rank.filter(|rank| *rank > 0).ok_or_else(|| wrong("r", "a positive integer"))?;
+        let rank = fields
+            .get("r")
+            .map_or(Some(8), Value::as_u64)
+            .and_then(|n| usize::try_from(n).ok());
+        let rank = rank
+            .filter(|rank| *rank > 0)
+            .ok_or_else(|| wrong("r", "a positive integer"))?;
         let alpha = fields.get("lora_alpha").map_or(Some(8.0), Value::as_f64);
         let alpha = alpha.ok_or_else(|| wrong("lora_alpha", "a number"))?;
-        let ranks = patterns(&origin, &fields, "rank_pattern")?.into_iter().map(|(regex, value)| {
-            let rank = value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
-            rank.map(|rank| (regex, rank)).ok_or_else(|| wrong("rank_pattern", "positive integers"))
-        });
+        let ranks = patterns(&origin, &fields, "rank_pattern")?
+            .into_iter()
+            .map(|(regex, value)| {
+                let rank = value
+                    .as_u64()
+                    .and_then(|n| usize::try_from(n).ok())
+                    .filter(|n| *n > 0);
+                rank.map(|rank| (regex, rank))
+                    .ok_or_else(|| wrong("rank_pattern", "positive integers"))
+            });
         let ranks = ranks.collect::<Result<_>>()?;
-        let alphas = patterns(&origin, &fields, "alpha_pattern")?.into_iter().map(|(regex, value)| {
-            let alpha = value.as_f64();
-            alpha.map(|alpha| (regex, alpha)).ok_or_else(|| wrong("alpha_pattern", "numbers"))
-        });
+        let alphas = patterns(&origin, &fields, "alpha_pattern")?
+            .into_iter()
+            .map(|(regex, value)| {
+                let alpha = value.as_f64();
+                alpha
+                    .map(|alpha| (regex, alpha))
+                    .ok_or_else(|| wrong("alpha_pattern", "numbers"))
+            });
         let alphas = alphas.collect::<Result<_>>()?;
         Ok(Self {
             path: path.to_path_buf(),
@@ -176,7 +193,10 @@ impl Config {
             use_rslora: fields.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
             ranks,
             alphas,
-            base: fields.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned),
+            base: fields
+                .get("base_model_name_or_path")
+                .and_then(Value::as_str)
+                .map(str::to_owned),
         })
     }
 
@@ -198,7 +218,10 @@ impl Config {
 /// Refuses, by key, everything that is not plain LoRA on linears.
 fn refuse_other_kinds(origin: &str, fields: &Map<String, Value>) -> Result<()> {
     let refuse = |key: &str, value: &Value, reason: &str| {
-        Err(Error::unsupported(format!("`{key}` = {value} in {origin}"), reason))
+        Err(Error::unsupported(
+            format!("`{key}` = {value} in {origin}"),
+            reason,
+        ))
     };
     let off = |value: &Value| match value {
         Value::Null | Value::Bool(false) => true,
@@ -247,7 +270,10 @@ fn patterns<'a>(origin: &str, fields: &'a Map<String, Value>, key: &str) -> Resu
         Regex::new(&format!(r"^(.*\.)?({pattern})$"))
             .map_err(|e| Error::config(origin, key, "regular expressions", format!("`{pattern}`: {e}")))
     };
-    table.iter().map(|(pattern, value)| Ok((compile(pattern)?, value))).collect()
+    table
+        .iter()
+        .map(|(pattern, value)| Ok((compile(pattern)?, value)))
+        .collect()
 }
 
 fn read_pairs(folder: &Path, weights: &Checkpoint, config: &Config) -> Result<Vec<LoraPair>> {
@@ -270,12 +296,21 @@ fn read_pairs(folder: &Path, weights: &Checkpoint, config: &Config) -> Result<Ve
         });
     }
     if modules.is_empty() {
-        return Err(Error::file(folder.join(WEIGHTS_FILE), "at least one adapted linear", "none"));
+        return Err(Error::file(
+            folder.join(WEIGHTS_FILE),
+            "at least one adapted linear",
+            "none",
+        ));
     }
     let halves: Vec<String> = modules
         .iter()
         .filter(|(_, parts)| **parts != [true, true])
-        .map(|(module, parts)| format!("{PREFIX}{module}.lora_{}.weight", if parts[0] { 'B' } else { 'A' }))
+        .map(|(module, parts)| {
+            format!(
+                "{PREFIX}{module}.lora_{}.weight",
+                if parts[0] { 'B' } else { 'A' }
+            )
+        })
         .collect();
     if !halves.is_empty() {
         return Err(Error::MissingTensors {
@@ -283,7 +318,10 @@ fn read_pairs(folder: &Path, weights: &Checkpoint, config: &Config) -> Result<Ve
             names: halves,
         });
     }
-    modules.into_keys().map(|module| read_pair(weights, config, module)).collect()
+    modules
+        .into_keys()
+        .map(|module| read_pair(weights, config, module))
+        .collect()
 }
 
 fn read_pair(weights: &Checkpoint, config: &Config, module: &str) -> Result<LoraPair> {
@@ -300,7 +338,11 @@ fn read_pair(weights: &Checkpoint, config: &Config, module: &str) -> Result<Lora
     let wanted = config.rank_of(module);
     if rank != wanted || b_rank != wanted {
         let expected = format!("rank {wanted} as `{}` says", config.path.display());
-        return Err(Error::tensor(module, expected, format!("{rank} in A, {b_rank} in B")));
+        return Err(Error::tensor(
+            module,
+            expected,
+            format!("{rank} in A, {b_rank} in B"),
+        ));
     }
     Ok(LoraPair {
         module: module.to_owned(),
@@ -345,7 +387,10 @@ mod tests {
             PeftAdapter::open(folder.path()).unwrap().pairs()[0].scale
         };
         assert_eq!(scale(json!({"peft_type": "LORA", "r": 4, "lora_alpha": 16})), 4.0);
-        assert_eq!(scale(json!({"peft_type": "LORA", "r": 4, "lora_alpha": 16, "use_rslora": true})), 8.0);
+        assert_eq!(
+            scale(json!({"peft_type": "LORA", "r": 4, "lora_alpha": 16, "use_rslora": true})),
+            8.0
+        );
         let config = json!({"peft_type": "LORA", "r": 2, "lora_alpha": 16,
             "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"k_proj": 1, "m.q_proj": 2}});
         assert_eq!(scale(config), 0.5);
@@ -379,8 +424,12 @@ mod tests {
             PeftAdapter::open(folder.path()).err().unwrap().to_string()
         };
         assert!(refuse(&PAIR[..1]).contains("m.q_proj.lora_B.weight"));
-        assert!(refuse(&[PAIR[0], PAIR[1], ("m.q_proj.lora_magnitude_vector", [1, 6])]).contains("magnitude"));
-        assert!(refuse(&[("m.q_proj.lora_A", [3, 8]), ("m.q_proj.lora_B", [6, 3])]).contains("expected rank 4"));
+        assert!(
+            refuse(&[PAIR[0], PAIR[1], ("m.q_proj.lora_magnitude_vector", [1, 6])]).contains("magnitude")
+        );
+        assert!(
+            refuse(&[("m.q_proj.lora_A", [3, 8]), ("m.q_proj.lora_B", [6, 3])]).contains("expected rank 4")
+        );
         assert!(refuse(&[]).contains("at least one"));
     }
 }

@@ -42,7 +42,13 @@ impl Builder<'_> {
         self.linear(&output, &attended, None)
     }
 
-    fn project(&mut self, layer: usize, path: &str, linears: &[LinearSpec], input: &str) -> Result<Projected> {
+    fn project(
+        &mut self,
+        layer: usize,
+        path: &str,
+        linears: &[LinearSpec],
+        input: &str,
+    ) -> Result<Projected> {
         let (q, kv) = (self.spec.q_size(), self.spec.kv_size());
         let find = |role| linears.iter().find(|linear| linear.role == role);
         let cut = |role, rows: std::ops::Range<usize>| match self.spec.attention_layout {
@@ -70,7 +76,11 @@ impl Builder<'_> {
             return Ok([self.linear(&all, input, None)?, String::new(), String::new()]);
         }
         let mut projected = Projected::default();
-        for ((stored, name), slot) in parts.into_iter().zip(["q_proj", "k_proj", "v_proj"]).zip(&mut projected) {
+        for ((stored, name), slot) in parts
+            .into_iter()
+            .zip(["q_proj", "k_proj", "v_proj"])
+            .zip(&mut projected)
+        {
             let linear = Linear {
                 path: format!("{path}/{name}"),
                 stored,
@@ -90,7 +100,12 @@ impl Builder<'_> {
         let sizes = self.list(&[q as i64, kv as i64, kv as i64])?;
         let name = format!("{path}/qkv_proj/Split");
         let outputs = [0, 1, 2].map(|i| format!("{name}/output_{i}"));
-        let node = Node::new(&name, "Split", &[&projected[0], &sizes], &outputs.each_ref().map(String::as_str));
+        let node = Node::new(
+            &name,
+            "Split",
+            &[&projected[0], &sizes],
+            &outputs.each_ref().map(String::as_str),
+        );
         for (output, width) in outputs.iter().zip([q, kv, kv]) {
             self.declare(output, OnnxType::Float, super::graph::io_shape(width));
         }
@@ -99,7 +114,14 @@ impl Builder<'_> {
     }
 
     /// A norm over each head of q or k.
-    fn head_norm(&mut self, path: &str, part: &str, stored: &str, input: &str, heads: usize) -> Result<String> {
+    fn head_norm(
+        &mut self,
+        path: &str,
+        part: &str,
+        stored: &str,
+        input: &str,
+        heads: usize,
+    ) -> Result<String> {
         let head_dim = self.spec.head_dim;
         let path = format!("{path}/{part}_norm");
         let weight = format!("{}.layernorm.weight", super::graph::dotted(&path));
@@ -115,7 +137,12 @@ impl Builder<'_> {
         let normed = self.node(node, OnnxType::Float, flat);
         let shape = self.list(&[0, -1, (heads * head_dim) as i64])?;
         let name = format!("{path}/Reshape_2");
-        let node = Node::new(&name, "Reshape", &[&normed, &shape], &[&format!("{name}/output_0")]);
+        let node = Node::new(
+            &name,
+            "Reshape",
+            &[&normed, &shape],
+            &[&format!("{name}/output_0")],
+        );
         Ok(self.hidden(node, heads * head_dim))
     }
 
@@ -124,18 +151,36 @@ impl Builder<'_> {
         let present = ["key", "value"].map(|part| format!("present.{layer}.{part}"));
         let [q, k, v] = projected.each_ref().map(String::as_str);
         let [cos, sin] = TABLES;
-        let inputs = [q, k, v, &past[0], &past[1], LAST_POSITIONS, TOTAL_LENGTH, cos, sin, "", "", ""];
+        let inputs = [
+            q,
+            k,
+            v,
+            &past[0],
+            &past[1],
+            LAST_POSITIONS,
+            TOTAL_LENGTH,
+            cos,
+            sin,
+            "",
+            "",
+            "",
+        ];
         let name = format!("{path}/GroupQueryAttention");
         let output = format!("{name}/output_0");
-        let node = Node::new(&name, "GroupQueryAttention", &inputs, &[&output, &present[0], &present[1]])
-            .in_domain(MICROSOFT)
-            .with("num_heads", self.spec.n_heads as i64)
-            .with("kv_num_heads", self.spec.n_kv_heads as i64)
-            .with("scale", self.spec.attention_scale() as f32)
-            .with("local_window_size", self.window())
-            .with("softcap", 0.0)
-            .with("do_rotary", 1)
-            .with("rotary_interleaved", 0);
+        let node = Node::new(
+            &name,
+            "GroupQueryAttention",
+            &inputs,
+            &[&output, &present[0], &present[1]],
+        )
+        .in_domain(MICROSOFT)
+        .with("num_heads", self.spec.n_heads as i64)
+        .with("kv_num_heads", self.spec.n_kv_heads as i64)
+        .with("scale", self.spec.attention_scale() as f32)
+        .with("local_window_size", self.window())
+        .with("softcap", 0.0)
+        .with("do_rotary", 1)
+        .with("rotary_interleaved", 0);
         self.hidden(node, self.spec.q_size())
     }
 

@@ -14,17 +14,31 @@ impl Builder<'_> {
         let output = format!("{gather}/output_0");
         if !self.spec.tie_word_embeddings || (self.head_is_quantized() && !self.head_is_shared()) {
             let weight = "model.embed_tokens.weight";
-            self.initializer(self.weights.table(weight, self.spec.embedding_name(), [vocab, hidden])?);
-            return Ok(self.hidden(Node::new(gather, "Gather", &[weight, "input_ids"], &[&output]), hidden));
+            self.initializer(
+                self.weights
+                    .table(weight, self.spec.embedding_name(), [vocab, hidden])?,
+            );
+            return Ok(self.hidden(
+                Node::new(gather, "Gather", &[weight, "input_ids"], &[&output]),
+                hidden,
+            ));
         }
         if self.head_is_quantized() {
             return self.packed_embedding();
         }
         let path = "/model/embed_tokens/Transpose";
-        let table = Node::new(path, "Transpose", &["lm_head.MatMul.weight"], &[&format!("{path}/output_0")]);
+        let table = Node::new(
+            path,
+            "Transpose",
+            &["lm_head.MatMul.weight"],
+            &[&format!("{path}/output_0")],
+        );
         let table = table.with("perm", vec![1, 0]);
         let table = self.node(table, OnnxType::Float, [vocab.into(), hidden.into()]);
-        Ok(self.hidden(Node::new(gather, "Gather", &[&table, "input_ids"], &[&output]), hidden))
+        Ok(self.hidden(
+            Node::new(gather, "Gather", &[&table, "input_ids"], &[&output]),
+            hidden,
+        ))
     }
 
     /// Rows of the packed head, unpacked as they are looked up.
@@ -33,16 +47,26 @@ impl Builder<'_> {
         let row_bytes = hidden / 2;
         let shape = self.list(&[vocab as i64, row_bytes as i64])?;
         let path = "/model/embed_tokens/Reshape";
-        let rows = Node::new(path, "Reshape", &["lm_head.MatMul.weight_Q4", &shape], &[&format!("{path}/output_0")]);
+        let rows = Node::new(
+            path,
+            "Reshape",
+            &["lm_head.MatMul.weight_Q4", &shape],
+            &[&format!("{path}/output_0")],
+        );
         let rows = self.node(rows, OnnxType::Uint8, [vocab.into(), row_bytes.into()]);
         let path = "/model/embed_tokens/GatherBlockQuantized";
         let inputs = [rows.as_str(), "input_ids", "lm_head.MatMul.weight_scales"];
-        let node = Node::new(path, "GatherBlockQuantized", &inputs, &[&format!("{path}/output_0")])
-            .in_domain(MICROSOFT)
-            .with("bits", 4)
-            .with("block_size", self.options.block_size as i64)
-            .with("gather_axis", 0)
-            .with("quantize_axis", 1);
+        let node = Node::new(
+            path,
+            "GatherBlockQuantized",
+            &inputs,
+            &[&format!("{path}/output_0")],
+        )
+        .in_domain(MICROSOFT)
+        .with("bits", 4)
+        .with("block_size", self.options.block_size as i64)
+        .with("gather_axis", 0)
+        .with("quantize_axis", 1);
         Ok(self.hidden(node, hidden))
     }
 

@@ -36,7 +36,12 @@ pub fn dotted(path: &str) -> String {
 }
 
 impl<'a> Builder<'a> {
-    pub fn new(spec: &'a ModelSpec, options: &'a BuilderOptions, weights: Weights, lora: &'a LoraTargets) -> Self {
+    pub fn new(
+        spec: &'a ModelSpec,
+        options: &'a BuilderOptions,
+        weights: Weights,
+        lora: &'a LoraTargets,
+    ) -> Self {
         Self {
             spec,
             options,

@@ -35,7 +35,10 @@ impl Builder<'_> {
             let name = format!("{path}/lora/Add");
             let own = format!("{name}/output_0");
             let target = output.filter(|_| bias.is_none()).unwrap_or(&own);
-            value = self.hidden(Node::new(&name, "Add", &[&value, &low_rank], &[target]), out_features);
+            value = self.hidden(
+                Node::new(&name, "Add", &[&value, &low_rank], &[target]),
+                out_features,
+            );
         }
         if let Some(bias) = bias {
             let name = format!("{path}/Add");
@@ -59,7 +62,12 @@ impl Builder<'_> {
                 let weight = format!("{name}.MatMul.weight");
                 let tensor = self.weights.transposed(&weight, &linear.stored)?;
                 self.initializer(tensor);
-                let node = Node::new(format!("{path}/MatMul"), "MatMul", &[input, &weight], &[output.unwrap_or(&own)]);
+                let node = Node::new(
+                    format!("{path}/MatMul"),
+                    "MatMul",
+                    &[input, &weight],
+                    &[output.unwrap_or(&own)],
+                );
                 Ok(self.hidden(node, out_features))
             }
             (Kind::Dense, Precision::Int4) => {
@@ -71,7 +79,10 @@ impl Builder<'_> {
                     builder.quantized_initializer(tensor);
                 };
                 add(self, blocks.values(&format!("{name}.MatMul.weight_Q4"))?);
-                add(self, blocks.scales(&format!("{name}.MatMul.weight_scales"), &[rows, count])?);
+                add(
+                    self,
+                    blocks.scales(&format!("{name}.MatMul.weight_scales"), &[rows, count])?,
+                );
                 if blocks.has_zeros {
                     let zeros = format!("{name}.MatMul.weight_zero_points");
                     add(self, blocks.zeros(&zeros, &[rows, count.div_ceil(2)])?);

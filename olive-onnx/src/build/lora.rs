@@ -44,7 +44,9 @@ impl LoraTargets {
     /// The places for these adapters.
     pub fn new(inputs: impl IntoIterator<Item = LoraInput>) -> Self {
         let places = inputs.into_iter().map(|input| (input.module.clone(), input));
-        Self { places: places.collect() }
+        Self {
+            places: places.collect(),
+        }
     }
 
     /// Whether there are none.
@@ -75,15 +77,26 @@ impl LoraTargets {
             .map(String::as_str)
             .collect();
         if !unknown.is_empty() {
-            let what = format!("an adapter of {} module(s): {}", unknown.len(), unknown.join(", "));
-            return Err(Error::unsupported(what, "the model has no such linear in its layers"));
+            let what = format!(
+                "an adapter of {} module(s): {}",
+                unknown.len(),
+                unknown.join(", ")
+            );
+            return Err(Error::unsupported(
+                what,
+                "the model has no such linear in its layers",
+            ));
         }
         for place in self.places.values() {
             let found = [place.in_features, place.out_features];
             let wanted = known[&place.module];
             if found != wanted {
                 let expected = format!("an adapter from {} to {} features", wanted[0], wanted[1]);
-                return Err(Error::tensor(&place.module, expected, format!("{} to {}", found[0], found[1])));
+                return Err(Error::tensor(
+                    &place.module,
+                    expected,
+                    format!("{} to {}", found[0], found[1]),
+                ));
             }
         }
         Ok(())
@@ -104,7 +117,8 @@ pub fn linear_sizes(spec: &ModelSpec) -> BTreeMap<String, [usize; 2]> {
         ("mlp.down_proj", [mlp, hidden]),
     ];
     let layers = 0..spec.n_layers;
-    let named = layers.flat_map(|layer| parts.map(|(part, sizes)| (format!("model.layers.{layer}.{part}"), sizes)));
+    let named =
+        layers.flat_map(|layer| parts.map(|(part, sizes)| (format!("model.layers.{layer}.{part}"), sizes)));
     named.collect()
 }
 

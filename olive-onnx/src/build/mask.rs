@@ -21,7 +21,12 @@ impl Builder<'_> {
     pub fn mask(&mut self) -> Result<()> {
         let one = self.list(&[1])?;
         let path = format!("{PREFIX}/ReduceSum");
-        let sum = Node::new(&path, "ReduceSum", &["attention_mask", &one], &[&format!("{path}/output_0")]);
+        let sum = Node::new(
+            &path,
+            "ReduceSum",
+            &["attention_mask", &one],
+            &[&format!("{path}/output_0")],
+        );
         let sum = self.node(sum.with("keepdims", 0), OnnxType::Int64, ["batch_size".into()]);
         let path = format!("{PREFIX}/Sub");
         let last = Node::new(&path, "Sub", &[&sum, &one], &[&format!("{path}/output_0")]);
@@ -29,7 +34,12 @@ impl Builder<'_> {
         let cast = Node::new(format!("{PREFIX}/Sub/Cast"), "Cast", &[&last], &[LAST_POSITIONS]);
         self.node(cast.with("to", INT32), OnnxType::Int32, ["batch_size".into()]);
         let width = self.mask_width()?;
-        let cast = Node::new(format!("{PREFIX}/Gather/Cast"), "Cast", &[&width], &[TOTAL_LENGTH]);
+        let cast = Node::new(
+            format!("{PREFIX}/Gather/Cast"),
+            "Cast",
+            &[&width],
+            &[TOTAL_LENGTH],
+        );
         self.node(cast.with("to", INT32), OnnxType::Int32, []);
         Ok(())
     }
@@ -41,10 +51,20 @@ impl Builder<'_> {
             return Ok(output);
         }
         let path = format!("{PREFIX}/Shape");
-        let shape = Node::new(&path, "Shape", &["attention_mask"], &[&format!("{path}/output_0")]);
+        let shape = Node::new(
+            &path,
+            "Shape",
+            &["attention_mask"],
+            &[&format!("{path}/output_0")],
+        );
         let shape = self.node(shape, OnnxType::Int64, [2.into()]);
         let index = self.scalar(1)?;
-        let gather = Node::new(format!("{PREFIX}/Gather"), "Gather", &[&shape, &index], &[&output]);
+        let gather = Node::new(
+            format!("{PREFIX}/Gather"),
+            "Gather",
+            &[&shape, &index],
+            &[&output],
+        );
         Ok(self.node(gather.with("axis", 0), OnnxType::Int64, []))
     }
 }

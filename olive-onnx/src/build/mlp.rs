@@ -21,8 +21,14 @@ impl Builder<'_> {
         };
         let parts = [
             ("gate_proj", cut(LinearRole::Gate, LinearRole::GateUp, 0..width)),
-            ("up_proj", cut(LinearRole::Up, LinearRole::GateUp, width..2 * width)),
-            ("down_proj", find(LinearRole::Down).map(|linear| Stored::whole(std::slice::from_ref(linear)))),
+            (
+                "up_proj",
+                cut(LinearRole::Up, LinearRole::GateUp, width..2 * width),
+            ),
+            (
+                "down_proj",
+                find(LinearRole::Down).map(|linear| Stored::whole(std::slice::from_ref(linear))),
+            ),
         ];
         let [gate, up, down] = parts.map(|(name, stored)| Linear {
             adapter: self.lora.get(&format!("model.layers.{layer}.mlp.{name}")),

@@ -49,9 +49,14 @@ impl BuilderOptions {
     /// # Errors
     /// [`Error::Config`] naming the option.
     pub fn check(&self) -> Result<()> {
-        let wrong = |key: &str, expected: &str, found: String| Error::config("model builder", key, expected, found);
+        let wrong =
+            |key: &str, expected: &str, found: String| Error::config("model builder", key, expected, found);
         if ![16, 32, 64, 128, 256].contains(&self.block_size) {
-            return Err(wrong("block_size", "16, 32, 64, 128 or 256", self.block_size.to_string()));
+            return Err(wrong(
+                "block_size",
+                "16, 32, 64, 128 or 256",
+                self.block_size.to_string(),
+            ));
         }
         if !(0..=4).contains(&self.accuracy_level) {
             return Err(wrong("accuracy_level", "0 to 4", self.accuracy_level.to_string()));

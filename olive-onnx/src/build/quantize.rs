@@ -22,7 +22,12 @@ pub struct BlockQuantized {
 ///
 /// # Panics
 /// If `weight` is not `rows · cols` long or `block_size` is odd.
-pub fn quantize_blocks(weight: &[f32], shape: [usize; 2], block_size: usize, symmetric: bool) -> BlockQuantized {
+pub fn quantize_blocks(
+    weight: &[f32],
+    shape: [usize; 2],
+    block_size: usize,
+    symmetric: bool,
+) -> BlockQuantized {
     let [rows, cols] = shape;
     assert_eq!(weight.len(), rows * cols, "invariant: a full matrix");
     assert!(block_size.is_multiple_of(2), "invariant: whole bytes");
@@ -39,11 +44,21 @@ pub fn quantize_blocks(weight: &[f32], shape: [usize; 2], block_size: usize, sym
         true => no_zeros.iter_mut().map(|none| none.as_mut_slice()).collect(),
         false => out.zeros.chunks_exact_mut(zero_bytes).collect(),
     };
-    let lines = (out.values.par_chunks_exact_mut(row_bytes), out.scales.par_chunks_exact_mut(blocks));
-    let lines = lines.into_par_iter().zip(zeros).zip(weight.par_chunks_exact(cols));
+    let lines = (
+        out.values.par_chunks_exact_mut(row_bytes),
+        out.scales.par_chunks_exact_mut(blocks),
+    );
+    let lines = lines
+        .into_par_iter()
+        .zip(zeros)
+        .zip(weight.par_chunks_exact(cols));
     lines.for_each(|(((values, scales), zeros), row)| {
         for (block, chunk) in row.chunks(block_size).enumerate() {
-            let (scale, zero) = if symmetric { symmetric_grid(chunk) } else { asymmetric_grid(chunk) };
+            let (scale, zero) = if symmetric {
+                symmetric_grid(chunk)
+            } else {
+                asymmetric_grid(chunk)
+            };
             scales[block] = scale;
             if let Some(byte) = zeros.get_mut(block / 2) {
                 *byte |= (zero as u8) << (4 * (block % 2));
@@ -68,7 +83,11 @@ fn asymmetric_grid(block: &[f32]) -> (f32, f32) {
     let (min, max) = extremes(block);
     let (min, max) = (min.min(0.0), max.max(0.0));
     let scale = (max - min) / 15.0;
-    let zero = if scale == 0.0 { 0.0 } else { (-min / scale).round().clamp(0.0, 15.0) };
+    let zero = if scale == 0.0 {
+        0.0
+    } else {
+        (-min / scale).round().clamp(0.0, 15.0)
+    };
     (scale, zero)
 }
 
@@ -89,7 +108,14 @@ mod tests {
             ((if max.abs() > min.abs() { max } else { min }) / -8.0, 8.0)
         } else {
             let scale = (max.max(0.0) - min.min(0.0)) / 15.0;
-            (scale, if scale > 0.0 { (-min.min(0.0) / scale).round() } else { 0.0 })
+            (
+                scale,
+                if scale > 0.0 {
+                    (-min.min(0.0) / scale).round()
+                } else {
+                    0.0
+                },
+            )
         };
         let quantize = |w: &f32| {
             let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
@@ -99,12 +125,21 @@ mod tests {
     }
 
     fn weights(count: usize) -> Vec<f32> {
-        (0..count).map(|i| ((i * 7919 % 1013) as f32 - 500.0) / 300.0).collect()
+        (0..count)
+            .map(|i| ((i * 7919 % 1013) as f32 - 500.0) / 300.0)
+            .collect()
     }
 
     #[test]
     fn every_block_is_the_reference() {
-        for (rows, cols, block_size) in [(1, 32, 32), (3, 64, 16), (5, 96, 32), (2, 40, 32), (4, 256, 128), (2, 33, 16)] {
+        for (rows, cols, block_size) in [
+            (1, 32, 32),
+            (3, 64, 16),
+            (5, 96, 32),
+            (2, 40, 32),
+            (4, 256, 128),
+            (2, 33, 16),
+        ] {
             let weight = weights(rows * cols);
             for symmetric in [true, false] {
                 let blocks = cols.div_ceil(block_size);
@@ -131,8 +166,16 @@ mod tests {
     fn a_block_of_zeros_stays_zero() {
         for symmetric in [true, false] {
             let got = quantize_blocks(&[0.0; 32], [1, 32], 32, symmetric);
-            let zero = if symmetric { 8.0 } else { f32::from(got.zeros[0] & 15) };
-            assert!(got.values.iter().all(|byte| (f32::from(byte & 15) - zero) * got.scales[0] == 0.0));
+            let zero = if symmetric {
+                8.0
+            } else {
+                f32::from(got.zeros[0] & 15)
+            };
+            assert!(
+                got.values
+                    .iter()
+                    .all(|byte| (f32::from(byte & 15) - zero) * got.scales[0] == 0.0)
+            );
         }
     }
 
@@ -140,7 +183,10 @@ mod tests {
     fn the_number_of_threads_changes_nothing() {
         let weight = weights(64 * 128);
         let run = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
             pool.install(|| quantize_blocks(&weight, [64, 128], 32, false))
         };
         assert_eq!(run(1), run(3));

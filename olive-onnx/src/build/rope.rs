@@ -34,14 +34,22 @@ impl Builder<'_> {
         let limit = self.scalar(original as i64)?;
         let width = self.mask_width()?;
         let path = format!("{prefix}/Greater");
-        let greater = Node::new(&path, "Greater", &[&width, &limit], &[&format!("{path}/output_0")]);
+        let greater = Node::new(
+            &path,
+            "Greater",
+            &[&width, &limit],
+            &[&format!("{path}/output_0")],
+        );
         let greater = self.node(greater, OnnxType::Bool, []);
         let long = branch(self.spec, Range::Long, self.spec.max_position)?;
         let short = branch(self.spec, Range::Short, original)?;
         let choice = Node::new(format!("{prefix}/If"), "If", &[&greater], &TABLES)
             .with("then_branch", long)
             .with("else_branch", short);
-        let shape = ["max_sequence_length".into(), Dim::Known(self.spec.rope.rotary_dim / 2)];
+        let shape = [
+            "max_sequence_length".into(),
+            Dim::Known(self.spec.rope.rotary_dim / 2),
+        ];
         for table in TABLES {
             self.declare(table, OnnxType::Float, shape.clone());
         }
@@ -53,7 +61,13 @@ impl Builder<'_> {
     pub fn rope_initializers(&mut self) -> Result<()> {
         if switch_length(self.spec).is_none() {
             for (part, name) in TABLES.into_iter().enumerate() {
-                self.initializer(table(self.spec, name, Range::Short, self.spec.max_position, part)?);
+                self.initializer(table(
+                    self.spec,
+                    name,
+                    Range::Short,
+                    self.spec.max_position,
+                    part,
+                )?);
             }
         }
         Ok(())
@@ -85,7 +99,9 @@ fn branch(spec: &ModelSpec, range: Range, positions: usize) -> Result<Graph> {
         let shape = [positions.into(), Dim::Known(spec.rope.rotary_dim / 2)];
         graph.outputs.push(ValueInfo::new(&value, OnnxType::Float, shape));
         let node = Node::new(format!("/{size}/{name}/Constant"), "Constant", &[], &[&value]);
-        graph.nodes.push(node.with("value", table(spec, "", range, positions, part)?));
+        graph
+            .nodes
+            .push(node.with("value", table(spec, "", range, positions, part)?));
     }
     Ok(graph)
 }
@@ -141,13 +157,14 @@ pub fn frequencies(spec: &ModelSpec, range: Range) -> Vec<f32> {
             let (factor, original) = (*factor as f32, *original_max_position as f32);
             let (low, high) = (*low_freq_factor as f32, *high_freq_factor as f32);
             let rescale = |frequency: f32| {
-                let wavelength = 2.0 * std::f32::consts::PI / frequency;
+                // A number over a tensor is its reciprocal times the number there.
+                let wavelength = (1.0 / frequency) * std::f32::consts::TAU;
                 if wavelength < original / high {
                     frequency
                 } else if wavelength > original / low {
                     frequency / factor
                 } else {
-                    let smooth = (original / wavelength - low) / (high - low);
+                    let smooth = ((1.0 / wavelength) * original - low) / (high - low);
                     (1.0 - smooth) * frequency / factor + smooth * frequency
                 }
             };

@@ -21,8 +21,12 @@ pub struct Stored {
 impl Stored {
     /// All rows of these linears.
     pub fn whole(linears: &[LinearSpec]) -> Self {
-        let parts = linears.iter().map(|linear| (linear.clone(), 0..linear.out_features));
-        Self { parts: parts.collect() }
+        let parts = linears
+            .iter()
+            .map(|linear| (linear.clone(), 0..linear.out_features));
+        Self {
+            parts: parts.collect(),
+        }
     }
 
     /// Some rows of one linear.
@@ -110,7 +114,10 @@ impl Weights {
                 continue;
             }
             let name = format!("{}.bias", linear.name);
-            let bias = self.source.tensors().read_f32_checked(&name, &[linear.out_features])?;
+            let bias = self
+                .source
+                .tensors()
+                .read_f32_checked(&name, &[linear.out_features])?;
             values.extend_from_slice(&bias[rows.clone()]);
         }
         Ok(Some(values).filter(|values| values.iter().any(|value| *value != 0.0)))
@@ -122,7 +129,11 @@ impl Weights {
         let (weights, stored) = (self.clone(), stored.clone());
         let produce = move || {
             let values = weights.dense(&stored)?;
-            Ok(transposed_bytes(&values, stored.out_features(), stored.in_features()))
+            Ok(transposed_bytes(
+                &values,
+                stored.out_features(),
+                stored.in_features(),
+            ))
         };
         Tensor::produced(name, OnnxType::Float, shape, Arc::new(produce))
     }
@@ -153,10 +164,12 @@ impl Weights {
         let cols = stored.in_features();
         let group = spec.quantization.as_ref().map_or(0, |q| q.group_size);
         let block_size = usize::try_from(group).ok().filter(|size| *size > 0);
-        let block_size = block_size.filter(|size| cols.is_multiple_of(*size)).ok_or_else(|| {
-            let what = format!("groups of {group} for {cols} inputs");
-            Error::unsupported(what, "a packed row has to be whole groups")
-        })?;
+        let block_size = block_size
+            .filter(|size| cols.is_multiple_of(*size))
+            .ok_or_else(|| {
+                let what = format!("groups of {group} for {cols} inputs");
+                Error::unsupported(what, "a packed row has to be whole groups")
+            })?;
         let rows = stored.out_features();
         let (weights, stored) = (self.clone(), stored.clone());
         Ok(Blocks {
@@ -220,7 +233,9 @@ impl Weights {
 fn blocks_of(matrix: QuantMatrix) -> BlockQuantized {
     let zero_bytes = matrix.groups().div_ceil(2);
     BlockQuantized {
-        zeros: matrix.zeros.unwrap_or_else(|| vec![0x88; matrix.rows * zero_bytes]),
+        zeros: matrix
+            .zeros
+            .unwrap_or_else(|| vec![0x88; matrix.rows * zero_bytes]),
         values: matrix.values,
         scales: matrix.scales,
     }
@@ -292,14 +307,16 @@ fn transposed_bytes(values: &[f32], rows: usize, cols: usize) -> Vec<u8> {
     /// Columns that one task writes: a cache line of each row that it reads.
     const STRIP: usize = 16;
     let mut out = vec![0f32; values.len()];
-    out.par_chunks_mut((STRIP * rows).max(1)).enumerate().for_each(|(strip, out)| {
-        let first = strip * STRIP;
-        for (row, line) in values.chunks_exact(cols).enumerate() {
-            for (offset, value) in line[first..(first + STRIP).min(cols)].iter().enumerate() {
-                out[offset * rows + row] = *value;
+    out.par_chunks_mut((STRIP * rows).max(1))
+        .enumerate()
+        .for_each(|(strip, out)| {
+            let first = strip * STRIP;
+            for (row, line) in values.chunks_exact(cols).enumerate() {
+                for (offset, value) in line[first..(first + STRIP).min(cols)].iter().enumerate() {
+                    out[offset * rows + row] = *value;
+                }
             }
-        }
-    });
+        });
     float_bytes(&out)
 }
 

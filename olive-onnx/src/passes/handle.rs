@@ -1,0 +1,106 @@
+//! [`ModelHandle`] of an ONNX folder.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use olive_core::arch::{self, ModelSpec};
+use olive_core::model::fingerprint_files;
+use olive_core::{Error, Fingerprint, ModelHandle, ModelKind, Result, TensorInfo, TensorSource};
+
+use crate::ir::{Model, Tensor};
+use crate::model::OnnxFolder;
+
+/// An ONNX model folder with what is known about its model.
+pub struct OnnxModel {
+    path: PathBuf,
+    spec: ModelSpec,
+    constants: Constants,
+}
+
+impl OnnxModel {
+    /// Opens a model folder that holds a `config.json`, where the sizes come from.
+    ///
+    /// # Errors
+    /// As [`OnnxFolder::open`] and [`arch::read_spec`].
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let folder = OnnxFolder::open(path)?;
+        let spec = arch::read_spec(folder.path())?;
+        let path = folder.path().to_path_buf();
+        Ok(Self::of(&path, spec, &[folder.into_model()]))
+    }
+
+    /// A folder that a stage has just written; `spec` is that of the model it was made from.
+    pub fn of(path: &Path, spec: ModelSpec, models: &[Model]) -> Self {
+        let constants = models.iter().flat_map(|model| &model.graph.initializers);
+        let entries = constants.filter_map(|tensor| {
+            let dtype = tensor.dtype().to_core()?;
+            let info = TensorInfo { dtype, shape: tensor.shape().to_vec() };
+            Some((tensor.name.clone(), (info, tensor.clone())))
+        });
+        let constants = Constants { origin: path.to_path_buf(), entries: entries.collect() };
+        Self { path: path.to_path_buf(), spec, constants }
+    }
+}
+
+/// The constants of the graph, by name; those of types that only ONNX has are left out.
+struct Constants {
+    origin: PathBuf,
+    entries: BTreeMap<String, (TensorInfo, Tensor)>,
+}
+
+impl TensorSource for Constants {
+    fn origin(&self) -> &Path {
+        &self.origin
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.entries.keys().map(String::as_str).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.entries.get(name).map(|(info, _)| info)
+    }
+
+    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        match self.entries.get(name) {
+            Some((_, tensor)) => tensor.bytes(),
+            None => Err(Error::MissingTensors { path: self.origin.clone(), names: vec![name.to_owned()] }),
+        }
+    }
+}
+
+impl ModelHandle for OnnxModel {
+    fn kind(&self) -> ModelKind {
+        ModelKind::Onnx
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn tensors(&self) -> &dyn TensorSource {
+        &self.constants
+    }
+
+    fn adapter(&self) -> Option<&Path> {
+        None
+    }
+
+    /// Every file of the folder, by name.
+    fn fingerprint(&self) -> Result<Fingerprint> {
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(&self.path).map_err(Error::io("read folder", &self.path))? {
+            let path = entry.map_err(Error::io("read folder", &self.path))?.path();
+            if path.is_file() {
+                files.push(path);
+            }
+        }
+        files.sort();
+        fingerprint_files(&files)
+    }
+}

@@ -1,2 +1,3 @@
 //! olive-genai
 pub mod kernels;
+pub mod exec;

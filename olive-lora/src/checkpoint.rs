@@ -29,6 +29,8 @@ pub(crate) struct TrainerState {
     pub num_input_tokens_seen: u64,
     /// Sum and number of the losses that the next log line will average.
     pub pending_loss: (f64, usize),
+    /// Whether what follows the step (evaluation, checkpoint) is still to be done.
+    pub step_is_open: bool,
     pub log_history: Vec<LogEntry>,
     /// Digest of model, data, options and arguments.
     pub run_digest: String,

@@ -112,33 +112,42 @@ impl<'a, B: Backend> Trainer<'a, B> {
         })
     }
 
-    /// Trains to the end and gives the last state.
+    /// Trains to the end and gives the last state. A run that is asked to stop keeps where it is.
     pub fn run(mut self) -> Result<Snapshot> {
+        let result = self.run_steps();
+        if matches!(result, Err(Error::Cancelled)) {
+            self.keep()?;
+        }
+        self.context.progress.finish();
+        result.map(|()| self.snapshot)
+    }
+
+    fn run_steps(&mut self) -> Result<()> {
         let steps_per_epoch = self.plan.steps_per_epoch();
         self.context.progress.start("training", self.total_steps as u64);
-        if self.snapshot.state.global_step == 0 && self.arguments.eval_on_start {
+        let untouched = self.snapshot.state.global_step == 0 && self.snapshot.state.log_history.is_empty();
+        if untouched && self.arguments.eval_on_start {
             self.evaluate()?;
+        }
+        if self.snapshot.state.step_is_open {
+            self.close_step()?;
         }
         let mut epoch = usize::MAX;
         let mut steps: Vec<StepSamples> = Vec::new();
         while self.snapshot.state.global_step < self.total_steps {
+            self.context.cancel.check()?;
             let done = self.snapshot.state.global_step;
             if epoch != done / steps_per_epoch {
                 epoch = done / steps_per_epoch;
                 steps = self.plan.epoch(epoch, &self.lengths);
             }
-            if self.context.cancel.is_cancelled() {
-                self.keep()?;
-                return Err(Error::Cancelled);
-            }
             let in_epoch = done % steps_per_epoch;
             let batches: usize = steps[..=in_epoch].iter().map(Vec::len).sum();
             let position = epoch as f64 + batches as f64 / self.plan.batches_per_epoch() as f64;
             self.step(&steps[in_epoch], position)?;
-            self.after_step(in_epoch + 1 == steps_per_epoch)?;
+            self.close_step()?;
         }
-        self.context.progress.finish();
-        Ok(self.snapshot)
+        Ok(())
     }
 
     /// One optimizer step.
@@ -170,6 +179,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         state.num_input_tokens_seen += outcome.tokens;
         let (sum, count) = state.pending_loss;
         state.pending_loss = (sum + outcome.loss, count + 1);
+        state.step_is_open = true;
         self.report(&outcome, norm, rate);
         Ok(())
     }
@@ -292,11 +302,13 @@ impl<'a, B: Backend> Trainer<'a, B> {
     }
 
     /// Evaluates, saves and keeps what is due after a step.
-    fn after_step(&mut self, epoch_ends: bool) -> Result<()> {
+    fn close_step(&mut self) -> Result<()> {
         let step = self.snapshot.state.global_step;
+        let epoch_ends = step.is_multiple_of(self.plan.steps_per_epoch());
         if self.data.eval.is_some() && self.arguments.eval.is_due(step, self.total_steps, epoch_ends) {
             self.evaluate()?;
         }
+        self.snapshot.state.step_is_open = false;
         train_log::write(self.context.output, &self.snapshot.state.log_history)?;
         let at_end = step == self.total_steps && self.arguments.save_at_end;
         if at_end || self.arguments.save.is_due(step, self.total_steps, epoch_ends) {
@@ -393,6 +405,7 @@ fn fresh(adapter: Adapter, max_steps: usize, identity: &RunIdentity) -> Snapshot
         epoch: 0.0,
         num_input_tokens_seen: 0,
         pending_loss: (0.0, 0),
+        step_is_open: false,
         log_history: Vec::new(),
         run_digest: identity.digest.clone(),
     };

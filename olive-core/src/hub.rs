@@ -85,7 +85,7 @@ fn download(name: &str, _progress: &dyn Progress) -> Result<PathBuf> {
 }
 
 /// The files of a repository that olive reads; files of other frameworks stay where they are.
-#[cfg_attr(not(feature = "hub"), allow(dead_code, reason = "used by downloads only"))]
+#[cfg(any(feature = "hub", test))]
 fn is_wanted(file: &str) -> bool {
     let flat = !file.contains('/');
     let named = [

@@ -1,0 +1,116 @@
+//! Flags that many commands share.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use super::parse_flag;
+
+/// Which model.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// A model folder, an output folder of olive, or `org/name` of the hub
+    #[arg(short = 'm', long = "model_name_or_path")]
+    pub model_name_or_path: String,
+    /// The model's task; text generation is the only one
+    #[arg(short = 't', long = "task")]
+    pub task: Option<String>,
+    /// Accepted; no code of a model is ever run
+    #[arg(long = "trust_remote_code", num_args = 0..=1, default_value = "false", default_missing_value = "true", value_parser = parse_flag, hide_default_value = true)]
+    pub trust_remote_code: bool,
+    /// Not supported: models are read from their files
+    #[arg(long = "model_script", hide = true)]
+    pub model_script: Option<String>,
+    /// Not supported, as `--model_script`
+    #[arg(long = "script_dir", hide = true)]
+    pub script_dir: Option<String>,
+    /// Not supported: there are no random test models
+    #[arg(long = "test", hide = true)]
+    pub test: bool,
+    /// Not supported, as `--test`
+    #[arg(long = "test_metrics", hide = true, num_args = 1..)]
+    pub test_metrics: Vec<String>,
+    /// Not supported, as `--test`
+    #[arg(long = "test_llama_path", hide = true)]
+    pub test_llama_path: Option<String>,
+}
+
+/// What every command has.
+#[derive(Debug, Args)]
+pub struct CommonArgs {
+    /// 0 debug, 1 info, 2 warning, 3 error, 4 critical
+    #[arg(long = "log_level", default_value_t = 3)]
+    pub log_level: u8,
+    /// Accepted; there is no telemetry
+    #[arg(long = "disable_telemetry", hide = true)]
+    pub disable_telemetry: bool,
+}
+
+/// Writing the run down.
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    /// Write the run as a workflow file, `config.json` in the output folder
+    #[arg(long = "save_config_file")]
+    pub save_config_file: bool,
+    /// Write the workflow file and do nothing else
+    #[arg(long = "dry_run")]
+    pub dry_run: bool,
+}
+
+/// Flags of Olive, or of older releases of it, that change nothing here.
+#[derive(Debug, Args)]
+pub struct NoEffectArgs {
+    /// Azure blob cache
+    #[arg(long = "account_name", hide = true)]
+    pub account_name: Option<String>,
+    /// Azure blob cache
+    #[arg(long = "container_name", hide = true)]
+    pub container_name: Option<String>,
+    /// Azure ML
+    #[arg(long = "resource_group", hide = true)]
+    pub resource_group: Option<String>,
+    /// Azure ML
+    #[arg(long = "workspace_name", hide = true)]
+    pub workspace_name: Option<String>,
+    /// Azure ML
+    #[arg(long = "keyvault_name", hide = true)]
+    pub keyvault_name: Option<String>,
+    /// Azure ML
+    #[arg(long = "aml_compute", hide = true)]
+    pub aml_compute: Option<String>,
+    /// Olive before 0.9
+    #[arg(long = "is_generative_model", hide = true)]
+    pub is_generative_model: Option<String>,
+    /// Olive before 0.7
+    #[arg(long = "tempdir", hide = true)]
+    pub tempdir: Option<PathBuf>,
+}
+
+/// A number format by Olive's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "lower")]
+pub enum Precision {
+    Int4,
+    Int8,
+    Int16,
+    Int32,
+    Uint4,
+    Uint8,
+    Uint16,
+    Uint32,
+    Fp4,
+    Fp8,
+    Fp16,
+    Fp32,
+    Nf4,
+    Bf16,
+}
+
+impl Precision {
+    /// Olive's name.
+    pub fn name(self) -> String {
+        self.to_possible_value()
+            .map(|value| value.get_name().to_owned())
+            .unwrap_or_default()
+    }
+}

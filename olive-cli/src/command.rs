@@ -1,0 +1,102 @@
+//! One module a command: typed config, one library call, report.
+
+mod chat;
+mod convert_adapters;
+mod evaluate;
+mod export;
+mod finetune;
+mod generate;
+mod notes;
+mod quantize;
+mod session;
+
+use std::path::{Path, PathBuf};
+
+use olive_core::{CancelToken, Error, HfModel, Progress, Result, hub};
+
+use crate::args::{Command, ModelArgs};
+use crate::demo;
+
+/// Where a command says how far it is, and whether it should stop.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    /// Progress on stderr.
+    pub progress: &'a dyn Progress,
+    /// Cancelled by Ctrl-C.
+    pub cancel: &'a CancelToken,
+}
+
+/// Runs a command.
+///
+/// # Errors
+/// Those of the library that does the work.
+pub fn run(command: &Command, context: &Context<'_>) -> Result<()> {
+    match command {
+        Command::Quantize(args) => quantize::run(args, context),
+        Command::Finetune(args) => finetune::run(args, context),
+        Command::AutoOpt(args) => export::auto_opt(args, context),
+        Command::CaptureOnnxGraph(args) => export::capture(args, context),
+        Command::ConvertAdapters(args) => convert_adapters::run(args),
+        Command::Generate(args) => generate::run(args, context),
+        Command::Chat(args) => chat::run(args, context),
+        Command::Evaluate(args) => evaluate::run(args, context),
+        Command::Demo(args) => demo::run(args, context),
+    }
+}
+
+/// The folder of `--model_name_or_path`, downloaded if it names a model of the hub.
+fn model_folder(args: &ModelArgs, context: &Context<'_>) -> Result<PathBuf> {
+    notes::refuse(&[
+        (
+            "--model_script",
+            args.model_script.is_some(),
+            "models are read from their files; no code is run",
+        ),
+        (
+            "--script_dir",
+            args.script_dir.is_some(),
+            "models are read from their files; no code is run",
+        ),
+        ("--test", args.test, "there are no random test models"),
+        (
+            "--test_metrics",
+            !args.test_metrics.is_empty(),
+            "there are no random test models",
+        ),
+        (
+            "--test_llama_path",
+            args.test_llama_path.is_some(),
+            "there are no random test models",
+        ),
+    ])?;
+    if let Some(task) = args
+        .task
+        .as_deref()
+        .filter(|task| !task.starts_with("text-generation"))
+    {
+        return Err(Error::config(
+            "command line",
+            "--task",
+            "text-generation",
+            format!("`{task}`"),
+        ));
+    }
+    if args.trust_remote_code {
+        tracing::debug!("--trust_remote_code has no effect: no code of a model is ever run");
+    }
+    hub::resolve(&args.model_name_or_path, context.progress)
+}
+
+/// Opens `--model_name_or_path` as a Hugging Face folder.
+fn open_model(args: &ModelArgs, context: &Context<'_>) -> Result<HfModel> {
+    HfModel::open(model_folder(args, context)?)
+}
+
+/// The adapter of a command line, which must be a folder.
+fn adapter_folder(path: &Path) -> Result<&Path> {
+    if path.is_dir() {
+        Ok(path)
+    } else {
+        Err(Error::file(path, "a PEFT folder", "no such folder"))
+    }
+}

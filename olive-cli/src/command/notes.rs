@@ -1,0 +1,67 @@
+//! Flags that are known but change nothing, and flags that are known but refused.
+
+use std::path::Path;
+
+use olive_core::{Error, Result, fsio};
+use serde_json::Value;
+
+use crate::args::{ConfigArgs, NoEffectArgs};
+use crate::output;
+
+/// Refuses the first flag that was given.
+///
+/// # Errors
+/// [`Error::Config`] naming the flag and the reason.
+pub fn refuse(flags: &[(&str, bool, &str)]) -> Result<()> {
+    match flags.iter().find(|(_, given, _)| *given) {
+        None => Ok(()),
+        Some((flag, _, reason)) => {
+            let expected = format!("the flag to be left out: {reason}");
+            Err(Error::config("command line", *flag, expected, "it"))
+        }
+    }
+}
+
+/// Warns about flags that were given and change nothing.
+pub fn warn_no_effect(flags: &[(&str, bool, &str)]) {
+    for (flag, _, reason) in flags.iter().filter(|(_, given, _)| *given) {
+        tracing::warn!("{flag} has no effect: {reason}");
+    }
+}
+
+/// Warns about the flags of Azure and of old releases.
+pub fn warn_old(args: &NoEffectArgs) {
+    const CACHE: &str = "there is no shared cache";
+    const LOCAL: &str = "everything runs on this machine";
+    warn_no_effect(&[
+        ("--account_name", args.account_name.is_some(), CACHE),
+        ("--container_name", args.container_name.is_some(), CACHE),
+        ("--resource_group", args.resource_group.is_some(), LOCAL),
+        ("--workspace_name", args.workspace_name.is_some(), LOCAL),
+        ("--keyvault_name", args.keyvault_name.is_some(), LOCAL),
+        ("--aml_compute", args.aml_compute.is_some(), LOCAL),
+        (
+            "--is_generative_model",
+            args.is_generative_model.is_some(),
+            "every model generates text",
+        ),
+        (
+            "--tempdir",
+            args.tempdir.is_some(),
+            "unfinished work is kept in the output folder",
+        ),
+    ]);
+}
+
+/// Writes the workflow of a run where that is asked for; `true` if nothing else is to be done.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn save_config(args: &ConfigArgs, output_path: &Path, config: &Value) -> Result<bool> {
+    if args.save_config_file || args.dry_run {
+        let path = output_path.join("config.json");
+        fsio::write_json(&path, config, 4)?;
+        output::line(&format!("Config file saved at {}", path.display()))?;
+    }
+    Ok(args.dry_run)
+}

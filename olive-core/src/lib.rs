@@ -27,6 +27,7 @@ pub mod progress;
 pub mod rng;
 pub mod text;
 pub mod weight;
+pub mod workflow;
 
 pub use arch::{Family, LayerNames, LinearRole, LinearSpec, ModelSpec, RopeScaling, RopeSpec};
 pub use checkpoint::{Checkpoint, CheckpointPlan, CheckpointWriter, TensorInfo, TensorSource};

@@ -1,6 +1,6 @@
 //! The pass contract: a model in, a model out, parameters checked before anything runs.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
@@ -29,6 +29,8 @@ pub enum ParamKind {
     TextList,
     /// Any object or list; the pass checks it itself.
     Object,
+    /// Anything; the pass checks it itself.
+    Any,
     /// The name of a data config, or an inline one.
     DataConfig,
 }
@@ -111,6 +113,7 @@ fn check_value(origin: &str, spec: &ParamSpec, value: &Value) -> Result<Value> {
             .as_array()
             .is_some_and(|list| list.iter().all(Value::is_string)),
         ParamKind::Object => value.is_object() || value.is_array(),
+        ParamKind::Any => true,
         ParamKind::DataConfig => value.is_string() || value.is_object(),
         ParamKind::OneOfInt(allowed) => {
             return match value.as_i64().filter(|n| allowed.contains(n)) {
@@ -151,6 +154,15 @@ pub trait Pass: Send + Sync {
     fn params(&self) -> &'static [ParamSpec];
     /// What it takes and what it gives.
     fn transforms(&self) -> (ModelKind, ModelKind);
+    /// Counts the changes of its code that change what it makes: results of an earlier version are not reused.
+    fn version(&self) -> u32 {
+        1
+    }
+    /// Files and folders besides the model that it reads; data configs are known without it. A change in one of
+    /// them makes the pass run again.
+    fn input_files(&self, _config: &PassConfig) -> Vec<PathBuf> {
+        Vec::new()
+    }
     /// Checks model and parameters before any work is done.
     ///
     /// # Errors

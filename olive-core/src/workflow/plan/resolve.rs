@@ -1,0 +1,522 @@
+//! Resolving references and parameters.
+
+use serde_json::{Map, Value};
+
+use super::{Named, Pipeline, Plan, PlannedPass, Step};
+use crate::error::{Error, Result, nearest_name};
+use crate::pass::ParamKind;
+use crate::workflow::registry::{PassRegistry, params_for};
+use crate::workflow::schema::passes::{self, DEFAULT_VALUE, KnownKind, KnownPass, SEARCHABLE_VALUES};
+use crate::workflow::schema::read::Reader;
+use crate::workflow::schema::{
+    Build, DataConfig, EvaluatorConfig, Location, ModelSource, ModelType, PassEntry, Reference, RunConfig,
+    SearchConfig, System, SystemKind,
+};
+
+/// A parameter as resolving needs it, from the table or from a registered pass.
+struct Param {
+    name: String,
+    required: bool,
+    default: Value,
+    search: Vec<Value>,
+    is_data: bool,
+    takes_list: bool,
+}
+
+pub(super) struct Resolver<'a> {
+    config: &'a RunConfig,
+    registry: &'a PassRegistry,
+    warnings: Vec<String>,
+    blockers: Vec<String>,
+}
+
+impl<'a> Resolver<'a> {
+    pub(super) fn new(config: &'a RunConfig, registry: &'a PassRegistry) -> Self {
+        Self {
+            config,
+            registry,
+            warnings: config.warnings.clone(),
+            blockers: Vec::new(),
+        }
+    }
+
+    pub(super) fn plan(mut self) -> Result<Plan> {
+        let mut pipelines = Vec::new();
+        let builds: Vec<_> = self
+            .config
+            .builds
+            .iter()
+            .filter(|(name, _)| name != "_default")
+            .collect();
+        if builds.is_empty() {
+            pipelines.push(self.pipeline(None, None)?);
+        } else {
+            let defaults = self.config.builds.iter().find(|(name, _)| name == "_default");
+            for (name, build) in builds {
+                let default = defaults.map(|(_, build)| build);
+                pipelines.push(self.pipeline(Some((name, build)), default)?);
+            }
+        }
+        self.block_remote()?;
+        Ok(Plan {
+            config: self.config.clone(),
+            pipelines,
+            warnings: self.warnings,
+            blockers: self.blockers,
+        })
+    }
+
+    fn wrong(&self, key: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> Error {
+        Error::config(self.config.origin.as_str(), key, expected, found)
+    }
+
+    fn block(&mut self, reason: String) {
+        if !self.blockers.contains(&reason) {
+            self.blockers.push(reason);
+        }
+    }
+
+    fn warn(&mut self, line: String) {
+        if !self.warnings.contains(&line) {
+            self.warnings.push(line);
+        }
+    }
+
+    fn pipeline(&mut self, build: Option<(&String, &Build)>, default: Option<&Build>) -> Result<Pipeline> {
+        let config = self.config;
+        let engine = &config.engine;
+        let levels: Vec<&Build> = build.map(|(_, build)| build).into_iter().chain(default).collect();
+        let path = build.map_or(String::new(), |(name, _)| format!("builds.{name}."));
+        let pick = |own: &dyn Fn(&Build) -> Option<Reference<System>>,
+                    general: &Option<Reference<System>>| {
+            levels.iter().find_map(|b| own(b)).or_else(|| general.clone())
+        };
+        let host = self.system(pick(&|b| b.host.clone(), &engine.host), &format!("{path}host"))?;
+        let target = pick(&|b| b.target.clone(), &engine.target);
+        let target = match target {
+            None => host.clone(),
+            some => self.system(some, &format!("{path}target"))?,
+        };
+        let evaluator = levels.iter().find_map(|b| b.evaluator.clone());
+        let evaluator = self.evaluator(
+            evaluator.or_else(|| engine.evaluator.clone()),
+            &format!("{path}evaluator"),
+        )?;
+        let search = levels.iter().find_map(|b| b.search.clone());
+        let search = search.unwrap_or_else(|| engine.search.clone());
+        let steps = self.steps(build, &levels, search.as_ref(), &host)?;
+        if search.is_some() {
+            self.check_objectives(&steps, evaluator.as_ref())?;
+        }
+        let model = self.model(build)?;
+        let output = levels.iter().find_map(|b| b.output_dir.clone());
+        let output_dir = output.or_else(|| match build {
+            Some((name, _)) => engine.output_dir.as_ref().map(|folder| folder.join(name)),
+            None => engine.output_dir.clone(),
+        });
+        Ok(Pipeline {
+            name: build.map(|(name, _)| name.clone()),
+            model,
+            steps,
+            host,
+            target,
+            evaluator,
+            search,
+            output_dir,
+            packaging: engine.packaging.clone(),
+        })
+    }
+
+    /// The passes of a pipeline, in order.
+    fn steps(
+        &mut self,
+        build: Option<(&String, &Build)>,
+        levels: &[&Build],
+        search: Option<&SearchConfig>,
+        host: &Named<System>,
+    ) -> Result<Vec<Step>> {
+        let config = self.config;
+        let names = levels.iter().map(|b| &b.pipeline).find(|names| !names.is_empty());
+        let chosen: Vec<&(String, Vec<PassEntry>)> = match (names, build) {
+            (Some(names), Some((build, _))) => names
+                .iter()
+                .map(|name| {
+                    let found = config.passes.iter().find(|(key, _)| key == name);
+                    found.ok_or_else(|| {
+                        let known = config.passes.iter().map(|(key, _)| key.as_str());
+                        self.unknown(&format!("builds.{build}.pipeline"), "a pass", name, known)
+                    })
+                })
+                .collect::<Result<_>>()?,
+            _ => config.passes.iter().collect(),
+        };
+        let mut steps = Vec::new();
+        for (name, entries) in chosen {
+            let mut choices = Vec::new();
+            for (index, entry) in entries.iter().enumerate() {
+                let path = match entries.len() {
+                    1 => format!("passes.{name}"),
+                    _ => format!("passes.{name}[{index}]"),
+                };
+                choices.push(self.pass(entry, &path, search, host)?);
+            }
+            if choices.len() > 1 && search.is_none() {
+                self.warn(format!(
+                    "`passes.{name}` has {} alternatives; without `search_strategy` the first is used",
+                    choices.len()
+                ));
+                choices.truncate(1);
+            }
+            steps.push(Step {
+                name: name.clone(),
+                choices,
+            });
+        }
+        Ok(steps)
+    }
+
+    /// The model that a build starts from: one component, or the whole.
+    fn model(&mut self, build: Option<(&String, &Build)>) -> Result<ModelSource> {
+        let model = &self.config.input_model;
+        let Some((name, build)) = build else {
+            return Ok(model.clone());
+        };
+        match build.components.as_slice() {
+            [] => Ok(model.clone()),
+            [one] if model.kind == ModelType::Composite => {
+                let names = self.config.document.pointer("/input_model/model_component_names");
+                let names = names.and_then(Value::as_array).into_iter().flatten();
+                let names: Vec<&str> = names.filter_map(Value::as_str).collect();
+                let at = names.iter().position(|n| n == one);
+                let component = at.and_then(|at| model.components.get(at)).cloned();
+                component.ok_or_else(|| {
+                    self.unknown(
+                        &format!("builds.{name}.components"),
+                        "a component",
+                        one,
+                        names.into_iter(),
+                    )
+                })
+            }
+            _ => {
+                self.block(format!(
+                    "build `{name}` chooses components of a model that is not composite"
+                ));
+                Ok(model.clone())
+            }
+        }
+    }
+
+    fn unknown<'n>(&self, key: &str, what: &str, name: &str, known: impl Iterator<Item = &'n str>) -> Error {
+        let known: Vec<&str> = known.collect();
+        let expected = match nearest_name(name, known.iter().copied()) {
+            Some(nearest) => format!("the name of {what} such as `{nearest}`"),
+            None if known.is_empty() => format!("the name of {what}, of which there are none"),
+            None => format!("the name of {what}: {}", known.join(", ")),
+        };
+        self.wrong(key, expected, format!("`{name}`"))
+    }
+
+    fn system(&self, reference: Option<Reference<System>>, key: &str) -> Result<Named<System>> {
+        Ok(match reference {
+            None => Named {
+                name: String::new(),
+                value: System::default(),
+            },
+            Some(Reference::Inline(system)) => Named {
+                name: String::new(),
+                value: *system,
+            },
+            Some(Reference::Name(name)) => {
+                let known = self.config.systems.iter().map(|(key, _)| key.as_str());
+                let system = self.config.system(&name).cloned();
+                let value = system.ok_or_else(|| self.unknown(key, "a system", &name, known))?;
+                Named { name, value }
+            }
+        })
+    }
+
+    fn evaluator(
+        &mut self,
+        reference: Option<Reference<EvaluatorConfig>>,
+        key: &str,
+    ) -> Result<Option<Named<EvaluatorConfig>>> {
+        let mut named = match reference {
+            None => return Ok(None),
+            Some(Reference::Inline(evaluator)) => Named {
+                name: String::new(),
+                value: *evaluator,
+            },
+            Some(Reference::Name(name)) => {
+                let known = self.config.evaluators.iter().map(|(key, _)| key.as_str());
+                let evaluator = self.config.evaluator(&name).cloned();
+                let value = evaluator.ok_or_else(|| self.unknown(key, "an evaluator", &name, known))?;
+                Named { name, value }
+            }
+        };
+        for metric in &mut named.value.metrics {
+            if let Some(Reference::Name(name)) = &metric.data {
+                let data = self.data(
+                    name,
+                    &format!("evaluators.{}.{}.data_config", named.name, metric.name),
+                )?;
+                metric.data = Some(Reference::Inline(Box::new(data)));
+            }
+        }
+        Ok(Some(named))
+    }
+
+    fn data(&self, name: &str, key: &str) -> Result<DataConfig> {
+        let known = self.config.data_configs.iter().map(|data| data.name.as_str());
+        let data = self.config.data_config(name).cloned();
+        data.ok_or_else(|| self.unknown(key, "a data config", name, known))
+    }
+
+    fn params(&self, kind: &str, path: &str) -> Result<Vec<Param>> {
+        if let Some(known) = passes::find(kind) {
+            return Ok(known.params.iter().map(Param::known).collect());
+        }
+        if let Some(pass) = self.registry.find(kind) {
+            return Ok(pass.params().iter().map(Param::registered).collect());
+        }
+        let names = self.registry.names();
+        Err(self.unknown(
+            &format!("{path}.type"),
+            "a pass",
+            kind,
+            names.into_iter().map(|(name, _)| name),
+        ))
+    }
+
+    fn pass(
+        &mut self,
+        entry: &PassEntry,
+        path: &str,
+        search: Option<&SearchConfig>,
+        host: &Named<System>,
+    ) -> Result<PlannedPass> {
+        let params = self.params(&entry.kind, path)?;
+        if let Some(key) = entry
+            .given
+            .keys()
+            .find(|key| !params.iter().any(|p| p.name == **key))
+        {
+            let known = params.iter().map(|p| p.name.as_str());
+            return Err(Error::unknown_key(
+                self.config.origin.as_str(),
+                format!("{path}.{key}"),
+                known,
+            ));
+        }
+        let mut planned = PlannedPass {
+            kind: entry.kind.clone(),
+            params: Map::new(),
+            given: Vec::new(),
+            search: Vec::new(),
+            data: Vec::new(),
+            host: match &entry.host {
+                None => host.clone(),
+                own => self.system(own.clone(), &format!("{path}.host"))?,
+            },
+            evaluator: self.evaluator(entry.evaluator.clone(), &format!("{path}.evaluator"))?,
+            runs: self.registry.find(&entry.kind).is_some(),
+        };
+        for param in &params {
+            self.param(entry, param, path, search, &mut planned)?;
+        }
+        self.block_pass(&planned);
+        Ok(planned)
+    }
+
+    /// Gives one parameter its value, or the values that are tried.
+    fn param(
+        &mut self,
+        entry: &PassEntry,
+        param: &Param,
+        path: &str,
+        search: Option<&SearchConfig>,
+        planned: &mut PlannedPass,
+    ) -> Result<()> {
+        let key = format!("{path}.{}", param.name);
+        let given = entry.given.get(&param.name).filter(|value| !value.is_null());
+        let all = search.is_some_and(|search| search.include_pass_params) && !entry.disable_search;
+        let value = match given {
+            Some(value) if value == SEARCHABLE_VALUES => {
+                if search.is_none() {
+                    return Err(self.wrong(key, "a value, or a `search_strategy`", SEARCHABLE_VALUES));
+                }
+                if param.search.is_empty() {
+                    param.default.clone()
+                } else {
+                    planned.given.push(param.name.clone());
+                    planned.search.push((param.name.clone(), param.search.clone()));
+                    return Ok(());
+                }
+            }
+            Some(value) if value == DEFAULT_VALUE => param.default.clone(),
+            Some(Value::Array(values)) if !param.takes_list => {
+                if search.is_none() {
+                    let found = Value::Array(values.clone()).to_string();
+                    return Err(self.wrong(key, "one value, or a `search_strategy`", found));
+                }
+                planned.given.push(param.name.clone());
+                planned.search.push((param.name.clone(), values.clone()));
+                return Ok(());
+            }
+            Some(value) => {
+                planned.given.push(param.name.clone());
+                value.clone()
+            }
+            None if all && !param.search.is_empty() => {
+                planned.search.push((param.name.clone(), param.search.clone()));
+                return Ok(());
+            }
+            None if param.required => return Err(self.wrong(key, "a value", "nothing")),
+            None => param.default.clone(),
+        };
+        let value = if param.is_data && !value.is_null() {
+            let data = match &value {
+                Value::String(name) => self.data(name, &key)?,
+                value => Reader::of(self.config).data_config(value, &key)?,
+            };
+            let value = data.to_value();
+            planned.data.push((param.name.clone(), data));
+            value
+        } else {
+            value
+        };
+        planned.params.insert(param.name.clone(), value);
+        Ok(())
+    }
+
+    /// Notes why a pass cannot run here.
+    fn block_pass(&mut self, planned: &PlannedPass) {
+        let Some(pass) = self.registry.find(&planned.kind) else {
+            let reason = match passes::find(&planned.kind) {
+                Some(KnownPass { runs: true, .. }) => "is not built into this program",
+                _ => "belongs to another vendor's tools and can only be planned",
+            };
+            self.block(format!("the pass {} {reason}", planned.kind));
+            return;
+        };
+        let mut values = planned.params.clone();
+        for (name, tried) in &planned.search {
+            if let Some(value) = tried.first() {
+                values.insert(name.clone(), value.clone());
+            }
+        }
+        let mut notes = Vec::new();
+        if let Err(error) = params_for(pass, passes::find(&planned.kind), &values, &mut notes) {
+            self.block(error.to_string());
+        }
+        for note in notes {
+            self.warn(note);
+        }
+        for (_, data) in planned.data.iter() {
+            self.block_data(data);
+        }
+        self.block_host(&planned.host);
+    }
+
+    fn block_data(&mut self, data: &DataConfig) {
+        for remote in &data.remote {
+            if let Location::Azure(resource) = remote {
+                self.block(format!("data config `{}` needs {}", data.name, resource.need()));
+            }
+        }
+    }
+
+    fn block_host(&mut self, host: &Named<System>) {
+        match host.value.kind {
+            SystemKind::Local => {}
+            SystemKind::AzureMl => self.block(format!(
+                "the host `{}` is a compute of Azure Machine Learning: jobs are not sent there; \
+                 run this program on that compute, or give a host of type LocalSystem",
+                host.name
+            )),
+            kind => self.warn(format!(
+                "the host `{}` is of type {}: passes need neither Python nor a container and run in this process",
+                host.name,
+                kind.name()
+            )),
+        }
+    }
+
+    /// Notes what lives elsewhere, or needs Python.
+    fn block_remote(&mut self) -> Result<()> {
+        let model = &self.config.input_model;
+        for location in [&model.path, &model.adapter].into_iter().flatten() {
+            if let Location::Azure(resource) = location {
+                self.block(format!("the input model needs {}", resource.need()));
+            }
+        }
+        match &model.kind {
+            ModelType::Hf | ModelType::Onnx => {}
+            ModelType::Composite if self.config.builds.iter().any(|(_, b)| !b.components.is_empty()) => {}
+            kind => self.block(format!(
+                "input models of type {} are not opened here; give an HfModel or an ONNXModel",
+                kind.name()
+            )),
+        }
+        let workflow_host = self.system(self.config.workflow_host.clone(), "workflow_host")?;
+        self.block_host(&workflow_host);
+        for packaging in &self.config.engine.packaging {
+            if packaging.kind.to_ascii_lowercase().starts_with("azureml") {
+                self.block(format!(
+                    "packaging of type {} registers in Azure Machine Learning; give `Zipfile` and register it with \
+                     `az ml model create`",
+                    packaging.kind
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// A search ranks by objectives; without any there is nothing to search for.
+    fn check_objectives(&self, steps: &[Step], evaluator: Option<&Named<EvaluatorConfig>>) -> Result<()> {
+        if steps.is_empty() {
+            return Ok(());
+        }
+        let expected = "an evaluator, or `search_strategy: false`";
+        let Some(evaluator) = evaluator else {
+            return Err(self.wrong("evaluator", expected, "a search without one"));
+        };
+        let key = format!("evaluators.{}.metrics", evaluator.name);
+        let metrics = &evaluator.value.metrics;
+        let ranked = metrics
+            .iter()
+            .flat_map(|m| &m.sub_types)
+            .filter(|s| s.priority.is_some());
+        let on_tasks = metrics.iter().any(|metric| metric.kind == "tasks");
+        if ranked.count() == 0 && !on_tasks {
+            return Err(self.wrong(key, "a `priority` for each objective", "none"));
+        }
+        Ok(())
+    }
+}
+
+impl Param {
+    fn known(param: &passes::KnownParam) -> Self {
+        let list = matches!(param.kind, KnownKind::List | KnownKind::Any | KnownKind::Map);
+        Self {
+            name: param.name.to_owned(),
+            required: param.required,
+            default: param.default.clone(),
+            search: param.search.clone(),
+            is_data: param.kind == KnownKind::Data,
+            takes_list: list || param.name.ends_with("_list"),
+        }
+    }
+
+    fn registered(spec: &crate::pass::ParamSpec) -> Self {
+        let json = |text: &str| serde_json::from_str(text).unwrap_or(Value::Null);
+        Self {
+            name: spec.name.to_owned(),
+            required: spec.default.is_none(),
+            default: spec.default.map_or(Value::Null, json),
+            search: spec.search.iter().map(|text| json(text)).collect(),
+            is_data: spec.kind == ParamKind::DataConfig,
+            takes_list: matches!(spec.kind, ParamKind::TextList | ParamKind::Object),
+        }
+    }
+}

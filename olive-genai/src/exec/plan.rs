@@ -77,6 +77,8 @@ pub struct PlanInfo {
     pub rope_threshold: Option<usize>,
     /// Inputs that an adapter may give.
     pub optional_inputs: Vec<ValueInfo>,
+    /// Names of the two factors of each low-rank part: `[in, rank]` and `[rank, out]`.
+    pub lora_pairs: Vec<(String, String)>,
     /// Steps of a run.
     pub steps: usize,
 }

@@ -68,6 +68,7 @@ impl Plan {
             layers,
             rope_threshold: rope_threshold(&nodes, &compiler),
             optional_inputs: graph.optional_inputs().cloned().collect(),
+            lora_pairs: lora_pairs(&nodes),
             steps: steps.len(),
         };
         let head = find_head(&steps, &nodes, &compiler, &names.logits);
@@ -346,6 +347,12 @@ fn mark_last_uses(steps: &mut [Step], logits: usize) {
     }
 }
 
+/// The factors of each low-rank part.
+fn lora_pairs(nodes: &[Node]) -> Vec<(String, String)> {
+    let parts = nodes.iter().filter(|node| node.domain == OLIVE && node.op_type == "LoraAdd");
+    parts.map(|node| (node.inputs[2].clone(), node.inputs[3].clone())).collect()
+}
+
 /// The constant that an `If` compares the length with.
 fn rope_threshold(nodes: &[Node], compiler: &Compiler<'_>) -> Option<usize> {
     let condition = nodes.iter().find(|node| node.op_type == "If")?.input(0)?;
@@ -367,7 +374,7 @@ fn find_head(
     loop {
         let node = nodes.iter().find(|node| node.outputs.iter().any(|output| output == name))?;
         let sole = compiler.uses.get(name) == Some(&1);
-        let index = steps.iter().position(|step| step.name == node.name)?;
+        let index = steps.iter().position(|step| !node.name.is_empty() && step.name == node.name)?;
         match node.op_type.as_str() {
             "MatMul" | "MatMulNBits" if sole => {
                 let input = node.input(0)?;

@@ -1,0 +1,104 @@
+//! [`Model`]: a model folder, loaded.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use olive_core::{Error, Result};
+use olive_onnx::OnnxFolder;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::config::GenaiConfig;
+use crate::exec::{Plan, PlanInfo};
+
+/// A model folder (`genai_config.json`, an ONNX graph and its data), compiled and ready to run. Cheap to clone.
+#[derive(Clone)]
+pub struct Model {
+    pub(crate) inner: Arc<Loaded>,
+}
+
+pub(crate) struct Loaded {
+    folder: PathBuf,
+    config: GenaiConfig,
+    pub(crate) plan: Plan,
+    pool: Option<ThreadPool>,
+    load_seconds: f64,
+}
+
+impl Model {
+    /// Opens a folder. Weights stay in the mapped file. The number of threads is `intra_op_num_threads` of the
+    /// folder's session options, else rayon's.
+    ///
+    /// # Errors
+    /// [`Error::File`] without a model or its description; errors of [`GenaiConfig::read`] and of the ONNX reader;
+    /// [`Error::Unsupported`] that names every node that the runtime cannot run.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_with_threads(path, None)
+    }
+
+    /// [`Model::open`] with a number of threads of its own. Results do not depend on it.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn open_with_threads(path: impl AsRef<Path>, threads: Option<usize>) -> Result<Self> {
+        let start = Instant::now();
+        let folder = OnnxFolder::open(path)?;
+        let config = GenaiConfig::read(folder.path())?;
+        let path = folder.path().to_path_buf();
+        let plan = Plan::new(folder.into_model(), &config.graph_names())?;
+        let layers = config.model.decoder.num_hidden_layers;
+        if layers != 0 && layers != plan.info().layers {
+            let origin = path.join("genai_config.json").display().to_string();
+            let expected = format!("{}, the layers of the graph", plan.info().layers);
+            return Err(Error::config(origin, "model.decoder.num_hidden_layers", expected, layers.to_string()));
+        }
+        let pool = match threads.or(config.threads()) {
+            None => None,
+            Some(threads) => {
+                let pool = ThreadPoolBuilder::new().num_threads(threads).build();
+                Some(pool.map_err(Error::stage("threads"))?)
+            }
+        };
+        let load_seconds = start.elapsed().as_secs_f64();
+        Ok(Self { inner: Arc::new(Loaded { folder: path, config, plan, pool, load_seconds }) })
+    }
+
+    /// The folder that holds the graph.
+    pub fn folder(&self) -> &Path {
+        &self.inner.folder
+    }
+
+    /// The folder's description.
+    pub fn config(&self) -> &GenaiConfig {
+        &self.inner.config
+    }
+
+    /// The kind of model, as the folder says.
+    pub fn kind(&self) -> &str {
+        &self.inner.config.model.kind
+    }
+
+    /// What is known about the graph.
+    pub fn info(&self) -> &PlanInfo {
+        self.inner.plan.info()
+    }
+
+    /// How long opening took.
+    pub fn load_seconds(&self) -> f64 {
+        self.inner.load_seconds
+    }
+
+    /// Runs `work` on the model's threads.
+    pub(crate) fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        match &self.inner.pool {
+            Some(pool) => pool.install(work),
+            None => work(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("folder", &self.inner.folder).field("info", self.info()).finish()
+    }
+}

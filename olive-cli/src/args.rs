@@ -19,14 +19,14 @@ use std::ffi::OsString;
 use clap::{CommandFactory, Parser, Subcommand};
 use serde_json::{Map, Value};
 
-pub use auto_opt::AutoOptArgs;
+pub use auto_opt::{AutoOptArgs, Device};
 pub use capture::CaptureArgs;
 pub use chat::ChatArgs;
-pub use convert_adapters::ConvertAdaptersArgs;
+pub use convert_adapters::{AdapterDtype, AdapterFormat, ConvertAdaptersArgs};
 pub use data::TextDataArgs;
 pub use demo::DemoArgs;
 pub use evaluate::{EvaluateArgs, Metric};
-pub use finetune::FinetuneArgs;
+pub use finetune::{FinetuneArgs, Method, TorchDtype};
 pub use generate::GenerateArgs;
 pub use model::{CommonArgs, ConfigArgs, ModelArgs, NoEffectArgs, Precision};
 pub use quantize::{Algorithm as QuantizeAlgorithm, QuantizeArgs};

@@ -3,14 +3,13 @@
 use std::path::Path;
 use std::time::Instant;
 
-use burn::backend::Flex;
 use olive_core::data::{DataFormat, DataSource, token_blocks};
-use olive_core::decoder::evaluate_perplexity;
+use olive_core::decoder::Cpu;
 use olive_core::text::TextTokenizer;
 use olive_core::{HfModel, ModelHandle, Result, hub};
 use serde_json::{Map, Value, json};
 
-use super::{Context, notes};
+use super::Context;
 use crate::args::{EvaluateArgs, Metric};
 use crate::output;
 
@@ -48,16 +47,13 @@ fn hugging_face(
     texts: &[String],
     context: &Context<'_>,
 ) -> Result<Map<String, Value>> {
-    let reason = "an adapter is evaluated on an ONNX model folder";
-    notes::refuse(&[("--adapter_path", args.adapter_path.is_some(), reason)])?;
     let model = HfModel::open(folder)?;
-    if model.adapter().is_some() {
-        tracing::warn!("the adapter of `{}` is not evaluated; {reason}", folder.display());
-    }
     let tokenizer = TextTokenizer::open(model.path())?;
     let blocks = token_blocks(&tokenizer, texts, args.block_size, args.max_blocks)?;
+    let adapter = args.adapter_path.as_deref().or(model.adapter());
     let began = Instant::now();
-    let result = evaluate_perplexity::<Flex>(&model, &blocks, None, context.progress, context.cancel)?;
+    let result =
+        olive_lora::evaluate_perplexity::<Cpu>(&model, &blocks, adapter, context.progress, context.cancel)?;
     let seconds = began.elapsed().as_secs_f64();
     let mut report = Map::new();
     for metric in &args.metrics {

@@ -117,8 +117,8 @@ impl<B: Backend> HiddenStates<B> {
         Ok(())
     }
 
-    /// Runs a half layer and gathers the statistics of the inputs of its linears. `groups` is the group size for
-    /// each of the two. The states are left as they were.
+    /// Runs a half layer and gathers the statistics of the inputs of its linears, first and last. The states are
+    /// left as they were.
     ///
     /// # Errors
     /// [`Error::Cancelled`]; [`Error::NotFinite`] if the output is not finite.
@@ -126,9 +126,7 @@ impl<B: Backend> HiddenStates<B> {
         &'a self,
         half: Half,
         layer: &'a DecoderLayer<B>,
-        groups: [usize; 2],
     ) -> Result<(HalfRun<'a, B>, [InputStatistics; 2])> {
-        let total = self.states.iter().map(|x| x.dims()[1]).sum();
         let mut run = HalfRun {
             half,
             layer,
@@ -150,10 +148,7 @@ impl<B: Backend> HiddenStates<B> {
             {
                 let width = |x: &Tensor<B, 3>| x.dims()[2];
                 let [first, last] = statistics.get_or_insert_with(|| {
-                    [
-                        InputStatistics::new(width(&normed), groups[0], total),
-                        InputStatistics::new(width(&last_input), groups[1], total),
-                    ]
+                    [InputStatistics::new(width(&normed)), InputStatistics::new(width(&last_input))]
                 });
                 first.add(&to_host(normed.clone()));
                 last.add(&to_host(last_input));

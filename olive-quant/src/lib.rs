@@ -34,3 +34,6 @@ pub use pass::{AutoAwqQuantizer, CalibrationProvider, Rtn};
 pub use preflight::{Preflight, preflight};
 pub use report::{LayerReport, LinearReport, MappingReport, QuantizeReport, Totals};
 pub use run::{quantize, quantize_on};
+
+#[cfg(test)]
+mod tests;

@@ -104,7 +104,6 @@ pub fn check_model(model: &dyn ModelHandle, options: &QuantizeOptions) -> Result
             return Err(Error::tensor(linear.name, expected, linear.out_features.to_string()));
         }
     }
-    // Statistics are kept in groups for every linear, whether it is converted or not.
     Ok(())
 }
 
@@ -166,9 +165,9 @@ fn peak_memory(spec: &ModelSpec, calibration: &CalibrationSet, options: &Quantiz
     if options.algorithm == Algorithm::Rtn {
         return ends.max(2 * layer);
     }
-    let statistics = |width: usize| InputStatistics::byte_len(width, options.group_for(width).min(width));
     let halves = [spec.q_size(), spec.intermediate_size];
-    let statistics = halves.map(|width| statistics(width) + statistics(spec.hidden_size));
+    let statistics = halves
+        .map(|width| InputStatistics::byte_len(width) + InputStatistics::byte_len(spec.hidden_size));
     let states = calibration.tokens() as u64 * spec.hidden_size as u64 * F32;
     let longest = calibration.sequences.iter().map(Vec::len).max().unwrap_or(0) as u64;
     let threads = rayon::current_num_threads() as u64;

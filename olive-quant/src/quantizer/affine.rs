@@ -73,6 +73,12 @@ impl Affine {
         }
     }
 
+    /// `value` in the precision of intermediate results.
+    #[inline]
+    pub fn round(&self, value: f32) -> f32 {
+        self.arithmetic.round(value)
+    }
+
     /// The grid of a group. Not finite if the group is not.
     #[inline]
     pub fn grid(&self, group: &[f32]) -> Grid {

@@ -7,6 +7,8 @@
 //! - The linears are rounded with the scale that is stored, in half precision.
 //! - The scaled layer is compared with the original before anything is rounded.
 //!
+//! - Clips are searched with all tokens instead of 512: the Gram matrix holds them at no further cost.
+//!
 //! Clipping skips separate query and key projections, whose errors meet in a product; a fused projection is clipped.
 
 pub mod clip;
@@ -85,8 +87,7 @@ impl<'a> Awq<'a> {
         let mut grams = Vec::new();
         for half in [Half::Attention, Half::Mlp] {
             let inputs = half.inputs();
-            let groups = inputs.map(|input| self.options.group_for(self.width(input)));
-            let (run, statistics) = hidden.run(half, layer, groups)?;
+            let (run, statistics) = hidden.run(half, layer)?;
             for (input, statistics) in inputs.into_iter().zip(statistics) {
                 for mapping in self.mappings.iter().filter(|mapping| mapping.input == input) {
                     let started = Instant::now();
@@ -95,7 +96,8 @@ impl<'a> Awq<'a> {
                     let report = mapping_report(mapping, &weights, &choice, self.options, started);
                     choices.push((mapping, choice, report));
                 }
-                grams.push((input, statistics.into_clip()));
+                let group_size = self.options.group_for(statistics.channels());
+                grams.push((input, statistics.group_grams(group_size)));
             }
             let outputs = run.into_outputs();
             hidden.add(outputs);
@@ -121,15 +123,6 @@ impl<'a> Awq<'a> {
             mappings: choices.into_iter().map(|(_, _, report)| report).collect(),
             clips,
         })
-    }
-
-    /// Channels of an input.
-    fn width(&self, input: LinearInput) -> usize {
-        match input {
-            LinearInput::Attention | LinearInput::Mlp => self.spec.hidden_size,
-            LinearInput::Output => self.spec.q_size(),
-            LinearInput::Down => self.spec.intermediate_size,
-        }
     }
 
     fn clip(

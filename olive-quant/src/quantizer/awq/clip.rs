@@ -2,7 +2,7 @@
 //! output, among ten shrinks of the group's own.
 //!
 //! `m = max|w| · (1 - i / 20)` for `i` in `0..10`; `err = dᵀ H_g d` with `d = Q(clamp(w, -m, m)) - w`, which is the
-//! mean over tokens of the squared difference up to a factor. The first of equals wins.
+//! summed squared difference of the group's share over all tokens. The first of equals wins.
 
 use rayon::prelude::*;
 
@@ -92,7 +92,7 @@ fn search_rows(
                 }
             }
             after += best.1;
-            limits[row * groups + index] = limit(group, best.0);
+            limits[row * groups + index] = limit(group, best.0, affine);
             steps[row * groups + index] = best.0 as u8;
         }
     }
@@ -100,16 +100,16 @@ fn search_rows(
 }
 
 /// The largest magnitude that shrink `step` leaves.
-fn limit(group: &[f32], step: usize) -> f32 {
+fn limit(group: &[f32], step: usize, affine: &Affine) -> f32 {
     let largest = group.iter().fold(0.0f32, |largest, w| largest.max(w.abs()));
-    largest * (1.0 - step as f32 / GRID)
+    affine.round(largest * (1.0 - step as f32 / GRID))
 }
 
 /// `Q(clamp(w)) - w` for every shrink, one after the other.
 fn fill_deltas(group: &[f32], deltas: &mut [f32], affine: &Affine) {
     let (low, high) = group.iter().fold((0.0f32, 0.0f32), |(low, high), w| (low.min(*w), high.max(*w)));
     for (step, deltas) in deltas.chunks_exact_mut(group.len()).enumerate() {
-        let most = limit(group, step);
+        let most = limit(group, step, affine);
         let grid = affine.grid_of_range(low.max(-most), high.min(most));
         for (delta, w) in deltas.iter_mut().zip(group) {
             *delta = affine.nearest(grid, w.clamp(-most, most)) - w;

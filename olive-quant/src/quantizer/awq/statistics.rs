@@ -1,9 +1,8 @@
-//! What is kept of a linear's input `X [tokens, channels]`: channel means of `|X|`, the Gram matrix `H = XᵀX`, and
-//! the diagonal blocks of the Gram matrix of evenly spaced tokens.
+//! What is kept of a linear's input `X [tokens, channels]`: channel means of `|X|` and the Gram matrix `H = XᵀX`.
 //!
 //! `‖X Dᵀ‖² = tr(D H Dᵀ)`, so that every squared error of a linear with error `D` follows from `H` exactly, at a cost
-//! that does not depend on the number of tokens. Products are summed sequence by sequence, each block by one thread:
-//! the order is fixed.
+//! that does not depend on the number of tokens; the error of one group follows from a diagonal block of `H`. Products
+//! are summed sequence by sequence, each block by one thread: the order is fixed.
 
 use rayon::prelude::*;
 
@@ -11,8 +10,6 @@ use crate::kernels::{View, product};
 
 /// Rows and columns of `H` that one task computes.
 const BLOCK: usize = 256;
-/// Tokens that the clip search looks at, at least, if there are so many.
-const CLIP_TOKENS: usize = 512;
 
 /// Statistics of one linear input.
 #[derive(Debug, Clone)]
@@ -21,7 +18,6 @@ pub struct InputStatistics {
     tokens: usize,
     abs_sums: Vec<f64>,
     gram: Vec<f32>,
-    clip: GroupGrams,
 }
 
 /// `X_gᵀ X_g` for each group `g` of channels.
@@ -29,27 +25,18 @@ pub struct InputStatistics {
 pub struct GroupGrams {
     /// Channels of a group.
     pub group_size: usize,
-    /// Tokens that were summed.
-    pub tokens: usize,
     /// `[groups, group_size, group_size]`.
     pub blocks: Vec<f32>,
-    stride: usize,
 }
 
 impl InputStatistics {
-    /// Empty statistics of `channels` channels in groups of `group_size`, for a run over `total_tokens`.
-    pub fn new(channels: usize, group_size: usize, total_tokens: usize) -> Self {
+    /// Empty statistics of an input of `channels` channels.
+    pub fn new(channels: usize) -> Self {
         Self {
             channels,
             tokens: 0,
             abs_sums: vec![0.0; channels],
             gram: vec![0.0; channels * channels],
-            clip: GroupGrams {
-                group_size,
-                tokens: 0,
-                blocks: vec![0.0; channels * group_size],
-                stride: (total_tokens / CLIP_TOKENS).max(1),
-            },
         }
     }
 
@@ -70,7 +57,6 @@ impl InputStatistics {
             let right = View::new(&x[first..], [rows, channels - first], channels);
             product(&mut out[first..], channels, true, left.transposed(), right);
         });
-        self.clip.add(x, channels, self.tokens);
         self.tokens += rows;
     }
 
@@ -104,35 +90,26 @@ impl InputStatistics {
         &self.gram
     }
 
-    /// The blocks for the clip search.
-    pub fn into_clip(self) -> GroupGrams {
-        self.clip
+    /// The diagonal blocks of the Gram matrix for groups of `group_size` channels, once finished.
+    pub fn group_grams(&self, group_size: usize) -> GroupGrams {
+        let n = self.channels;
+        let blocks = (0..n).flat_map(|row| {
+            let first = row / group_size * group_size;
+            &self.gram[row * n + first..][..group_size]
+        });
+        GroupGrams {
+            group_size,
+            blocks: blocks.copied().collect(),
+        }
     }
 
     /// Bytes that statistics of such an input take.
-    pub fn byte_len(channels: usize, group_size: usize) -> u64 {
-        (channels * (channels + group_size) * size_of::<f32>()) as u64
+    pub fn byte_len(channels: usize) -> u64 {
+        (channels * channels * size_of::<f32>()) as u64
     }
 }
 
 impl GroupGrams {
-    /// Adds every `stride`-th of all tokens; `before` have been seen already.
-    fn add(&mut self, x: &[f32], channels: usize, before: usize) {
-        let (stride, group_size) = (self.stride, self.group_size);
-        let first = (stride - before % stride) % stride;
-        let start = first * channels;
-        if start >= x.len() {
-            return;
-        }
-        let rows = (x.len() / channels - first).div_ceil(stride);
-        self.blocks.par_chunks_mut(group_size * group_size).enumerate().for_each(|(group, out)| {
-            let view =
-                View::new(&x[start + group * group_size..], [rows, group_size], channels * stride);
-            product(out, group_size, true, view.transposed(), view);
-        });
-        self.tokens += rows;
-    }
-
     /// The same for an input whose channels are divided by `scales`.
     pub fn divided_by(&self, scales: &[f32]) -> Self {
         let mut divided = self.clone();
@@ -162,7 +139,7 @@ mod tests {
     fn sums_over_uneven_sequences_equal_the_definition() {
         let (tokens, channels, group) = (1300, 384, 32);
         let x = inputs(tokens, channels);
-        let mut statistics = InputStatistics::new(channels, group, tokens);
+        let mut statistics = InputStatistics::new(channels);
         for part in [0..7, 7..8, 8..600, 600..1300] {
             statistics.add(&x[part.start * channels..part.end * channels]);
         }
@@ -175,11 +152,10 @@ mod tests {
         }
         let mean = column(17).map(f64::abs).sum::<f64>() / tokens as f64;
         assert!((statistics.abs_means()[17] - mean).abs() < 1e-9);
-        let clip = statistics.into_clip();
-        assert_eq!(clip.tokens, tokens.div_ceil(2));
-        let want: f64 = column(33).zip(column(40)).step_by(2).map(|(a, b)| a * b).sum();
-        let got = f64::from(clip.blocks[(group * group) + group + 8]);
-        assert!((got - want).abs() < 1e-3);
+        let grams = statistics.group_grams(group);
+        let want: f64 = column(33).zip(column(40)).map(|(a, b)| a * b).sum();
+        let got = f64::from(grams.blocks[(group * group) + group + 8]);
+        assert!((got - want).abs() < 1e-2);
     }
 
     #[test]
@@ -189,9 +165,10 @@ mod tests {
         let scales: Vec<f32> = (0..channels).map(|c| 0.5 + c as f32 / 10.0).collect();
         let divided: Vec<f32> = x.iter().enumerate().map(|(i, v)| v / scales[i % channels]).collect();
         let blocks = |x: &[f32]| {
-            let mut statistics = InputStatistics::new(channels, 16, tokens);
+            let mut statistics = InputStatistics::new(channels);
             statistics.add(x);
-            statistics.into_clip()
+            statistics.finish();
+            statistics.group_grams(16)
         };
         let (want, got) = (blocks(&divided), blocks(&x).divided_by(&scales));
         for (a, b) in want.blocks.iter().zip(&got.blocks) {

@@ -20,9 +20,10 @@ pub mod ir;
 pub mod mmap;
 pub mod model;
 pub mod package;
+pub mod passes;
 pub mod serde;
 
 pub use build::{BuilderOptions, Precision};
 pub use error::GraphError;
-pub use model::OnnxFolder;
+pub use model::{OnnxFolder, OnnxModel};
 pub use package::{BuildPlan, BuildReport, build_model_folder, plan_model_folder};

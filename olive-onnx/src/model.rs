@@ -1,12 +1,17 @@
 //! A folder with an ONNX model, opened: the graph, its constants by name, and `genai_config.json` beside it.
 
-use std::collections::HashMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use olive_core::{Error, ModelConfigFile, Result, fsio};
+use olive_core::model::fingerprint_files;
+use olive_core::{
+    Error, Fingerprint, ModelConfigFile, ModelHandle, ModelKind, ModelSpec, Result, TensorInfo, TensorSource,
+    arch, fsio,
+};
 use serde_json::Value;
 
-use crate::ir::{Graph, Model, ValueInfo};
+use crate::ir::{Graph, Model, Tensor, ValueInfo};
 use crate::serde::read_model;
 
 /// The usual name of the graph file.
@@ -70,6 +75,120 @@ impl OnnxFolder {
     /// `genai_config.json`, if there is one.
     pub fn genai_config(&self) -> Option<&Value> {
         self.genai_config.as_ref()
+    }
+}
+
+/// A model folder as stages take and give it. Sizes come from the `config.json` that the builder leaves beside the
+/// graph; a folder without one can be run, but not handed to a stage.
+pub struct OnnxModel {
+    folder: OnnxFolder,
+    spec: ModelSpec,
+    constants: Constants,
+}
+
+impl OnnxModel {
+    /// Opens a model folder as [`OnnxFolder::open`] does.
+    ///
+    /// # Errors
+    /// As [`OnnxFolder::open`]; [`Error::Io`] or [`Error::Config`] if there is no sound `config.json`.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let folder = OnnxFolder::open(path)?;
+        Ok(Self {
+            spec: arch::read_spec(folder.path())?,
+            constants: Constants::new(&folder),
+            folder,
+        })
+    }
+
+    /// The opened folder.
+    pub fn folder(&self) -> &OnnxFolder {
+        &self.folder
+    }
+}
+
+impl ModelHandle for OnnxModel {
+    fn kind(&self) -> ModelKind {
+        ModelKind::Onnx
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn tensors(&self) -> &dyn TensorSource {
+        &self.constants
+    }
+
+    fn adapter(&self) -> Option<&Path> {
+        None
+    }
+
+    fn fingerprint(&self) -> Result<Fingerprint> {
+        let folder = self.folder.path();
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(folder).map_err(Error::io("list", folder))? {
+            let path = entry.map_err(Error::io("list", folder))?.path();
+            let hidden = path
+                .file_name()
+                .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+            if path.is_file() && !hidden {
+                files.push(path);
+            }
+        }
+        files.sort();
+        fingerprint_files(&files)
+    }
+}
+
+/// The initializers of a graph whose element types olive-core has.
+struct Constants {
+    origin: PathBuf,
+    tensors: BTreeMap<String, (TensorInfo, Tensor)>,
+}
+
+impl Constants {
+    fn new(folder: &OnnxFolder) -> Self {
+        let entry = |tensor: &Tensor| {
+            let dtype = tensor.dtype().to_core()?;
+            let shape = tensor.shape().to_vec();
+            Some((tensor.name.clone(), (TensorInfo { dtype, shape }, tensor.clone())))
+        };
+        Self {
+            origin: folder.graph_path().to_path_buf(),
+            tensors: folder
+                .model()
+                .graph
+                .initializers
+                .iter()
+                .filter_map(entry)
+                .collect(),
+        }
+    }
+}
+
+impl TensorSource for Constants {
+    fn origin(&self) -> &Path {
+        &self.origin
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.tensors.keys().map(String::as_str).collect()
+    }
+
+    fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name).map(|(info, _)| info)
+    }
+
+    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        let (_, tensor) = self.tensors.get(name).ok_or_else(|| Error::MissingTensors {
+            path: self.origin.clone(),
+            names: vec![name.to_owned()],
+        })?;
+        tensor.bytes()
     }
 }
 

@@ -73,7 +73,7 @@ pub fn plan_model_folder(
             parameters,
             ..AdapterFile::default()
         }),
-        genai_config: genai_config(source.path(), spec)?,
+        genai_config: genai_config(source.path(), spec, &options.search)?,
         source,
     })
 }

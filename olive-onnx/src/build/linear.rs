@@ -128,8 +128,9 @@ impl Builder<'_> {
             .in_domain(MICROSOFT)
             .with("K", linear.stored.in_features() as i64)
             .with("N", linear.stored.out_features() as i64);
-        if self.options.accuracy_level != 0 {
-            node = node.with("accuracy_level", self.options.accuracy_level);
+        let level = self.options.effective_accuracy_level();
+        if level != 0 {
+            node = node.with("accuracy_level", level);
         }
         node.inputs = inputs;
         node.with("bits", 4).with("block_size", blocks.block_size as i64)

@@ -10,11 +10,12 @@ use olive_core::{Error, ModelSpec, Result, fsio};
 use serde_json::{Map, Value, json};
 
 /// The config for a checkpoint in `folder`: sizes from its spec; tokens and sampling from `generation_config.json`,
-/// then `config.json`, then the tokenizer.
+/// then `config.json`, then the tokenizer; `overrides` go over the `search` part.
 ///
 /// # Errors
-/// [`Error::Io`], [`Error::Json`], or [`Error::Config`] for a value of the wrong type.
-pub fn genai_config(folder: &Path, spec: &ModelSpec) -> Result<Value> {
+/// [`Error::Io`], [`Error::Json`], [`Error::Config`] for a value of the wrong type, or [`Error::UnknownKey`] for an
+/// override that the runtime does not know.
+pub fn genai_config(folder: &Path, spec: &ModelSpec, overrides: &Map<String, Value>) -> Result<Value> {
     let generation = Fields::read(&folder.join("generation_config.json"))?;
     let tokenizer = Tokens::read(folder)?;
     let eos = eos_tokens(&generation, spec, &tokenizer)?;
@@ -40,7 +41,7 @@ pub fn genai_config(folder: &Path, spec: &ModelSpec) -> Result<Value> {
             "type": spec.model_type,
             "vocab_size": spec.vocab_size,
         },
-        "search": search(&generation, spec)?,
+        "search": overridden(search(&generation, spec)?, overrides)?,
     }))
 }
 
@@ -84,6 +85,30 @@ fn search(generation: &Fields, spec: &ModelSpec) -> Result<Value> {
         "top_k": generation.whole("top_k")?.unwrap_or(50),
         "top_p": generation.number("top_p")?.unwrap_or(1.0),
     }))
+}
+
+/// Keys of `search` that the runtime knows besides those that are always written.
+const MORE_SEARCH_KEYS: &[&str] = &["random_seed", "batch_size", "chunk_size"];
+
+fn overridden(mut search: Value, overrides: &Map<String, Value>) -> Result<Value> {
+    let Some(fields) = search.as_object_mut() else {
+        return Ok(search);
+    };
+    for (key, value) in overrides {
+        if !fields.contains_key(key) && !MORE_SEARCH_KEYS.contains(&key.as_str()) {
+            let known = fields
+                .keys()
+                .map(String::as_str)
+                .chain(MORE_SEARCH_KEYS.iter().copied());
+            return Err(Error::unknown_key(
+                "model builder",
+                format!("search.{key}"),
+                known,
+            ));
+        }
+        fields.insert(key.clone(), value.clone());
+    }
+    Ok(search)
 }
 
 /// One id or a list: those of the generation config, else of the config, with the tokenizer's own appended.

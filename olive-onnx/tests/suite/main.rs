@@ -1,5 +1,11 @@
 //! What olive-onnx reads, builds and writes, held against the files of real packages.
 
+#![expect(clippy::unwrap_used, reason = "a broken expectation is a failed test")]
+
+mod adapters;
 mod building;
 mod golden;
+mod hostile;
+mod packed;
 mod reading;
+mod round_trip;

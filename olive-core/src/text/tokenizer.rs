@@ -59,7 +59,7 @@ impl TextTokenizer {
     /// tokenizer puts around every text.
     ///
     /// # Errors
-    /// [`Error::Stage`] if the tokenizer fails.
+    /// [`Error::File`] naming `tokenizer.json` if the tokenizer fails.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, add_special);
         Ok(encoding.map_err(|e| self.failed(&e))?.get_ids().to_vec())
@@ -68,7 +68,7 @@ impl TextTokenizer {
     /// [`TextTokenizer::encode`] of many texts, in order, on all cores.
     ///
     /// # Errors
-    /// [`Error::Stage`] if the tokenizer fails on one of them.
+    /// [`Error::File`] naming `tokenizer.json` if the tokenizer fails on one of them.
     pub fn encode_batch(&self, texts: &[String], add_special: bool) -> Result<Vec<Vec<u32>>> {
         use rayon::prelude::*;
         texts
@@ -80,7 +80,7 @@ impl TextTokenizer {
     /// The text of token ids, without special tokens if `skip_special`.
     ///
     /// # Errors
-    /// [`Error::Stage`] if the tokenizer fails.
+    /// [`Error::File`] naming `tokenizer.json` if the tokenizer fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         self.inner.decode(ids, skip_special).map_err(|e| self.failed(&e))
     }

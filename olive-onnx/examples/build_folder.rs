@@ -1,8 +1,9 @@
 //! Builds a model folder from a checkpoint, with the places and the file of an adapter if one is given.
 //!
 //! ```text
-//! cargo run --release -p olive-onnx --example build_folder -- CHECKPOINT OUTPUT fp32|int4 [ADAPTER]
+//! cargo run --release -p olive-onnx --example build_folder -- CHECKPOINT OUTPUT PRECISION [ADAPTER]
 //! ```
+//! PRECISION is `fp32`, `int4`, or `int4-asym` for blocks with zero points.
 
 use std::path::Path;
 
@@ -14,15 +15,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (source, output, precision, adapter) = match arguments.as_slice() {
         [source, output, precision] => (source, output, precision, None),
         [source, output, precision, adapter] => (source, output, precision, Some(Path::new(adapter))),
-        _ => return Err("expected CHECKPOINT OUTPUT fp32|int4 [ADAPTER]".into()),
+        _ => return Err("expected CHECKPOINT OUTPUT PRECISION [ADAPTER]".into()),
     };
-    let precision = match precision.as_str() {
+    let mut options = BuilderOptions::with_precision(match precision.as_str() {
         "fp32" => Precision::Fp32,
-        "int4" => Precision::Int4,
-        other => return Err(format!("expected fp32 or int4, found {other}").into()),
-    };
+        "int4" | "int4-asym" => Precision::Int4,
+        other => return Err(format!("expected fp32, int4 or int4-asym, found {other}").into()),
+    });
+    options.is_symmetric = precision != "int4-asym";
     let model = HfModel::open(source)?;
-    let options = BuilderOptions::with_precision(precision);
     let progress = LogProgress::default();
     let report = build_model_folder(
         &model,

@@ -16,6 +16,8 @@ pub(super) mod duplicates;
 mod fold;
 mod passing;
 
+pub(super) use passing::bypass;
+
 const PARAMS: [ParamSpec; 10] = with_external_data([
     param("onnxscript_optimize", ParamKind::Bool, "true", "Folds integer constants and removes nodes that pass their input on."),
     param("onnxoptimizer_optimize", ParamKind::Bool, "true", "Fuses chains of casts and transposes; merges equal nodes and constants."),

@@ -16,13 +16,11 @@ fn integers(checkpoint: &Checkpoint, name: &str) -> Vec<Vec<u8>> {
     let (lines, words) = (info.shape[0], info.shape[1]);
     let bytes = checkpoint.bytes(name).unwrap();
     let mut out = vec![vec![0; lines]; words * 8];
-    for line in 0..lines {
-        for word in 0..words {
-            let at = (line * words + word) * 4;
-            let number = u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-            for (nibble, channel) in ORDER.iter().enumerate() {
-                out[word * 8 + channel][line] = ((number >> (4 * nibble)) & 15) as u8;
-            }
+    for (at, bytes) in bytes.as_chunks::<4>().0.iter().enumerate() {
+        let (line, word) = (at / words, at % words);
+        for (nibble, channel) in ORDER.iter().enumerate() {
+            let number = u32::from_le_bytes(*bytes) >> (4 * nibble);
+            out[word * 8 + channel][line] = (number & 15) as u8;
         }
     }
     out

@@ -50,6 +50,30 @@ pub struct ParamSpec {
     pub search: &'static [&'static str],
 }
 
+impl ParamSpec {
+    /// A parameter that must be given.
+    pub const fn required(name: &'static str, kind: ParamKind, doc: &'static str) -> Self {
+        Self {
+            name,
+            kind,
+            default: None,
+            doc,
+            search: &[],
+        }
+    }
+
+    /// A parameter with a default, as JSON text.
+    pub const fn optional(name: &'static str, kind: ParamKind, default: &'static str, doc: &'static str) -> Self {
+        Self {
+            name,
+            kind,
+            default: Some(default),
+            doc,
+            search: &[],
+        }
+    }
+}
+
 /// Checked parameters of a pass: every key is known, every default is filled in.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PassConfig {
@@ -167,7 +191,9 @@ pub trait Pass: Send + Sync {
     ///
     /// # Errors
     /// Whatever would make [`Pass::run`] fail and can be known now.
-    fn check(&self, model: &dyn ModelHandle, config: &PassConfig) -> Result<()>;
+    fn check(&self, _model: &dyn ModelHandle, _config: &PassConfig) -> Result<()> {
+        Ok(())
+    }
     /// Does the work.
     ///
     /// # Errors

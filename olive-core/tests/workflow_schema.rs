@@ -1,7 +1,15 @@
 //! Workflow files that people use, and what is refused in them.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed expectation in a test is a failed test"
+)]
+
 use std::path::{Path, PathBuf};
 
+use olive_core::workflow::plan::Plan;
+use olive_core::workflow::registry::PassRegistry;
 use olive_core::workflow::schema::document::Document;
 use olive_core::workflow::schema::{ModelType, RunConfig, SystemKind};
 use serde_json::{Map, Value, json};
@@ -136,8 +144,7 @@ fn one_changed_key_is_refused_by_name() {
                 }
                 let document = Document::from_value("recipe.json", path.parent().unwrap(), changed);
                 let result = RunConfig::from_document(&document);
-                let plan = result
-                    .and_then(|config| olive_core::workflow::plan::Plan::new(&config, &Default::default()));
+                let plan = result.and_then(|config| Plan::new(&config, &PassRegistry::new()));
                 if is_free(&key) {
                     free += 1;
                     continue;
@@ -229,4 +236,191 @@ fn errors_name_the_key_as_it_is_written() {
     let template = json!({"input_model": {"type": "HfModel", "model_path": "a/b"}, "data_configs": [
         {"name": "d", "pre_process_data_config": {"text_template": "{Best Answer}\n{phrase"}}]});
     assert!(refuse(template).contains("text_template"));
+}
+
+#[test]
+fn every_recipe_plans_and_says_why_it_cannot_run() {
+    for (path, value) in recipes() {
+        let config = RunConfig::read(&path).unwrap();
+        let plan = Plan::new(&config, &PassRegistry::new()).unwrap_or_else(|e| panic!("{e}"));
+        let text = plan.to_string();
+        for pass in value["passes"].as_object().unwrap().values() {
+            let kind = pass["type"].as_str().unwrap().to_ascii_lowercase();
+            assert!(text.to_ascii_lowercase().contains(&kind), "{text}");
+        }
+        assert!(
+            text.contains(config.input_model.path.as_ref().unwrap().to_string().as_str()),
+            "{text}"
+        );
+        assert!(
+            plan.check_runnable()
+                .unwrap_err()
+                .to_string()
+                .contains("not built into this program")
+        );
+        // JSON is YAML, too.
+        let yaml = serde_yaml_ng::to_string(&value).unwrap();
+        let yaml = olive_core::workflow::schema::document::parse_yaml(&yaml, "t").unwrap();
+        assert_eq!(yaml, value);
+    }
+}
+
+/// The fragments of the second tutorial, as they stand there.
+fn tutorial() -> Option<Vec<Map<String, Value>>> {
+    let text = std::fs::read_to_string(shared()?.join("tutorials/olive-run-config.ja.md")).unwrap();
+    let blocks = text
+        .split("```json")
+        .skip(1)
+        .map(|rest| rest.split("```").next().unwrap());
+    let parse = |block: &str| -> Map<String, Value> {
+        let members = block.trim().trim_end_matches(',');
+        serde_json::from_str(&format!("{{{members}}}")).unwrap_or_else(|e| panic!("{e}: {members}"))
+    };
+    Some(blocks.map(parse).collect())
+}
+
+/// One file out of the fragments: `data` and `model` choose between the local and the Azure form.
+fn assembled(blocks: &[Map<String, Value>], data: usize, model: usize) -> Value {
+    let [.., lora, merge, engine] = blocks else {
+        panic!("{} blocks", blocks.len())
+    };
+    let mut passes = lora.clone();
+    passes.extend(merge.clone());
+    let mut whole = Map::new();
+    for block in [&blocks[data], &blocks[2], &blocks[model], engine] {
+        whole.extend(block.clone());
+    }
+    whole.insert("passes".to_owned(), Value::Object(passes));
+    Value::Object(whole)
+}
+
+#[test]
+fn the_tutorial_parses_and_plans_as_written() {
+    let Some(blocks) = tutorial() else { return };
+    assert_eq!(blocks.len(), 8);
+    let config = read(assembled(&blocks, 0, 3)).unwrap();
+    assert_eq!(config.input_model.kind, ModelType::Hf);
+    assert_eq!(config.input_model.task, "text-generation");
+    let path = config.input_model.path.as_ref().and_then(|path| path.local());
+    assert_eq!(path, Some(Path::new("/nowhere/model-cache/microsoft/phi-3-mini")));
+    let aml = config.system("aml").unwrap();
+    assert_eq!(
+        (aml.kind, aml.accelerator.to_string().as_str()),
+        (SystemKind::AzureMl, "gpu-cuda")
+    );
+    let data = &config.data_configs[0];
+    assert_eq!(
+        data.files,
+        [PathBuf::from("/nowhere/dataset/dataset-classification.json")]
+    );
+    assert_eq!(
+        Value::Object(data.pre_process.clone()),
+        json!({"text_cols": ["phrase", "tone"], "text_template": "### Text: {phrase}\n### The tone is:\n{tone}",
+            "strategy": "join", "max_seq_len": 2048, "pad_to_max_len": false, "use_attention_mask": false})
+    );
+    let plan = Plan::new(&config, &PassRegistry::new()).unwrap();
+    let steps = &plan.pipelines[0].steps;
+    let kinds: Vec<&str> = steps.iter().map(|step| step.choices[0].kind.as_str()).collect();
+    assert_eq!(kinds, ["LoRA", "MergeAdapterWeights", "ModelBuilder"]);
+    let lora = &steps[0].choices[0].params;
+    assert_eq!(
+        (lora["r"].as_i64(), lora["alpha"].as_f64()),
+        (Some(64), Some(64.0))
+    );
+    assert_eq!(lora["eval_dataset_size"], json!(0.3));
+    assert_eq!(lora["training_args"]["eval_strategy"], "steps");
+    assert_eq!(lora["train_data_config"]["name"], "dataset_default_train");
+    assert!(!lora.contains_key("double_quant"));
+    for mapped in [
+        "legacy key `input_model.config.hf_config` → ",
+        "legacy key `systems.aml.config.accelerators` → ",
+        "legacy key `data_configs[0].pre_process_data_config.params.corpus_strategy` → `strategy`",
+        "legacy key `passes.lora.config.lora_alpha` → `alpha`",
+        "legacy key `passes.lora.config.double_quant` → nothing",
+        "legacy key `passes.lora.config.training_args.evaluation_strategy` → `eval_strategy`",
+    ] {
+        let times = plan
+            .warnings
+            .iter()
+            .filter(|line| line.starts_with(mapped))
+            .count();
+        assert!(
+            times == 1 || mapped.contains("accelerators"),
+            "{mapped}: {:#?}",
+            plan.warnings
+        );
+    }
+    assert!(
+        plan.blockers
+            .iter()
+            .any(|line| line.contains("`aml` is a compute of Azure Machine Learning"))
+    );
+}
+
+#[test]
+fn the_azure_parts_of_the_tutorial_say_what_they_need() {
+    let Some(blocks) = tutorial() else { return };
+    let plan = Plan::new(&read(assembled(&blocks, 1, 4)).unwrap(), &PassRegistry::new()).unwrap();
+    let all = plan.check_runnable().unwrap_err().to_string();
+    assert!(
+        all.contains("the model `microsoft/Phi-3-mini-4k-instruct` version 11 of the registry `azureml-msr`")
+    );
+    assert!(all.contains("of the datastore `workspaceblobstore`"), "{all}");
+    let mut changed = assembled(&blocks, 1, 4);
+    let files = "/data_configs/0/load_dataset_config/params/data_files/config";
+    let config = changed.pointer_mut(files).unwrap().as_object_mut().unwrap();
+    config.insert("datastore".to_owned(), json!("x"));
+    let error = read(changed).unwrap_err().to_string();
+    assert!(
+        error.contains("data_files.config.datastore`, did you mean `datastore_name`?"),
+        "{error}"
+    );
+}
+
+#[test]
+fn special_values_of_parameters() {
+    let flow = |precision: Value, search: Value| {
+        read(
+            json!({"input_model": {"type": "HfModel", "model_path": "a/b"}, "search_strategy": search,
+            "evaluators": {"e": {"metrics": [{"name": "s", "type": "size_on_disk"}]}}, "evaluator": "e",
+            "passes": {"m": {"type": "Gptq", "bits": precision}}}),
+        )
+        .and_then(|config| Plan::new(&config, &PassRegistry::new()))
+    };
+    let bits = |plan: &Plan| {
+        let pass = &plan.pipelines[0].steps[0].choices[0];
+        let searched = pass.search.iter().find(|(name, _)| name == "bits");
+        searched.map_or_else(|| pass.params["bits"].clone(), |(_, values)| json!(values))
+    };
+    assert_eq!(
+        bits(&flow(json!("DEFAULT_VALUE"), json!(true)).unwrap()),
+        json!(4)
+    );
+    assert_eq!(
+        bits(&flow(json!("SEARCHABLE_VALUES"), json!(true)).unwrap()),
+        json!([2, 4, 8])
+    );
+    assert_eq!(bits(&flow(json!([4, 8]), json!(true)).unwrap()), json!([4, 8]));
+    assert_eq!(bits(&flow(json!(null), json!(true)).unwrap()), json!([2, 4, 8]));
+    assert_eq!(bits(&flow(json!(null), json!(false)).unwrap()), json!(4));
+    // Everything else that can be searched is, unless the search is told not to.
+    assert_eq!(
+        flow(json!(4), json!(true)).unwrap().pipelines[0].points(),
+        5 * 2 * 2 * 3
+    );
+    assert_eq!(
+        flow(json!(4), json!({"include_pass_params": false}))
+            .unwrap()
+            .pipelines[0]
+            .points(),
+        1
+    );
+    for refused in [json!("SEARCHABLE_VALUES"), json!([4, 8])] {
+        assert!(
+            flow(refused, json!(false))
+                .unwrap_err()
+                .to_string()
+                .contains("search_strategy")
+        );
+    }
 }

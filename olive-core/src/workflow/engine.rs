@@ -148,6 +148,9 @@ impl Session<'_> {
             ));
         };
         let folder = self.output_dir();
+        crate::fsio::create_dir(&folder)?;
+        // Runs that share an output folder take turns there.
+        let _turn = super::cache::Lock::take(&self.cache.output(&folder).with_extension("turn"))?;
         self.place(best, &folder)?;
         let more = self
             .pipeline

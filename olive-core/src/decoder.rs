@@ -12,6 +12,7 @@ pub mod activation;
 pub mod attention;
 mod dropout;
 mod head;
+mod host;
 mod layer;
 mod linear;
 mod norm;

@@ -6,6 +6,8 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
 
+use super::host::{self, HostTensor};
+
 /// A stream of keep-or-drop decisions for the input of one linear.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DropoutStream {
@@ -48,20 +50,31 @@ impl DropoutStream {
 
     /// The factors of `rows` rows of `cols` elements: 0 or `1 / (1 - p)`.
     pub fn mask(&self, rows: usize, cols: usize) -> Vec<f32> {
+        let mut factors = vec![1.0; rows * cols];
+        self.scale(&mut factors, cols);
+        factors
+    }
+
+    /// Multiplies rows of `cols` elements by their factors.
+    fn scale(&self, values: &mut [f32], cols: usize) {
         let threshold = (self.probability * 4_294_967_296.0) as u32;
         let keep = (1.0 / (1.0 - self.probability)) as f32;
         let start = self.first_row.wrapping_mul(cols as u64);
-        (0..(rows * cols) as u64)
-            .map(|i| {
-                // One hash serves the two elements of an even-odd pair of indices.
-                let index = start + i;
-                let bits = mix(self
-                    .key
-                    .wrapping_add((index >> 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)));
-                let half = (bits >> ((index & 1) * 32)) as u32;
-                if half >= threshold { keep } else { 0.0 }
-            })
-            .collect()
+        let bits = |pair: u64| mix(self.key.wrapping_add(pair.wrapping_mul(0x9E37_79B9_7F4A_7C15)));
+        let factor = |half: u32| if half >= threshold { keep } else { 0.0 };
+        // One hash serves the two elements of an even-odd pair of indices; an odd start begins within a pair.
+        let lead = ((start & 1) as usize).min(values.len());
+        let (first, pairs) = values.split_at_mut(lead);
+        for value in first {
+            *value *= factor((bits(start >> 1) >> 32) as u32);
+        }
+        let base = (start + lead as u64) >> 1;
+        for (index, pair) in pairs.chunks_mut(2).enumerate() {
+            let bits = bits(base + index as u64);
+            for (value, half) in pair.iter_mut().zip([bits as u32, (bits >> 32) as u32]) {
+                *value *= factor(half);
+            }
+        }
     }
 
     /// `x [n, features]` times the mask.
@@ -70,6 +83,11 @@ impl DropoutStream {
             return x;
         }
         let [rows, cols] = x.dims();
+        if let Some(values) = HostTensor::of(&x) {
+            let mut values = values.values().to_vec();
+            self.scale(&mut values, cols);
+            return host::tensor(values, [rows, cols], &x.device());
+        }
         let mask = Tensor::from_data(TensorData::new(self.mask(rows, cols), [rows, cols]), &x.device());
         x * mask
     }

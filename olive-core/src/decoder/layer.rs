@@ -6,6 +6,7 @@ use burn::tensor::backend::Backend;
 use super::activation;
 use super::attention::{self, Heads};
 use super::dropout::DropoutStream;
+use super::host::{self, HeadColumns, HostTensor};
 use super::linear::{Linear, LinearTape, LowRankGradient};
 use super::norm::RmsNorm;
 use super::sequence::SequenceTables;
@@ -58,8 +59,7 @@ pub struct LayerTape<B: Backend> {
     attended_rows: Tensor<B, 2>,
     middle: Tensor<B, 2>,
     middle_normed: Tensor<B, 2>,
-    gate: Tensor<B, 2>,
-    up: Tensor<B, 2>,
+    gate_up: Tensor<B, 2>,
     inner: Tensor<B, 2>,
     linears: Vec<(LinearRole, LinearTape<B>)>,
 }
@@ -179,8 +179,8 @@ impl<B: Backend> DecoderLayer<B> {
         self.show(&GATE_UP, &normed, observe);
         let mut tape = Vec::new();
         let none = DropoutStream::none();
-        let (gate, up) = self.project_gate_up(normed.reshape([batch * seq, hidden]), &none, &mut tape);
-        let inner = activation::forward(self.activation, gate) * up;
+        let both = self.apply(&GATE_UP, normed.reshape([batch * seq, hidden]), &none, &mut tape);
+        let inner = activation::gated(self.activation, &both);
         let [_, width] = inner.dims();
         let inner = inner.reshape([batch, seq, width]);
         self.show(&[LinearRole::Down], &inner, observe);
@@ -206,8 +206,8 @@ impl<B: Backend> DecoderLayer<B> {
         let attended_rows = self.merge_heads(attended.clone());
         let middle = x.clone() + self.apply(&[LinearRole::O], attended_rows.clone(), dropout, &mut linears);
         let middle_normed = self.post_attention_norm.forward(middle.clone());
-        let (gate, up) = self.project_gate_up(middle_normed.clone(), dropout, &mut linears);
-        let inner = activation::forward(self.activation, gate.clone()) * up.clone();
+        let gate_up = self.apply(&GATE_UP, middle_normed.clone(), dropout, &mut linears);
+        let inner = activation::gated(self.activation, &gate_up);
         let y = middle.clone() + self.apply(&[LinearRole::Down], inner.clone(), dropout, &mut linears);
         let tape = LayerTape {
             batch,
@@ -219,8 +219,7 @@ impl<B: Backend> DecoderLayer<B> {
             attended_rows,
             middle,
             middle_normed,
-            gate,
-            up,
+            gate_up,
             inner,
             linears,
         };
@@ -245,9 +244,8 @@ impl<B: Backend> DecoderLayer<B> {
         let dy = dy.reshape([batch * seq, hidden]);
 
         let d_inner = back(&[LinearRole::Down], &tape.inner, dy.clone());
-        let d_up = d_inner.clone() * activation::forward(self.activation, tape.gate.clone());
-        let d_gate = d_inner * tape.up * activation::derivative(self.activation, tape.gate);
-        let d_normed = back(&GATE_UP, &tape.middle_normed, Tensor::cat(vec![d_gate, d_up], 1));
+        let d_gate_up = activation::gated_backward(self.activation, &tape.gate_up, d_inner);
+        let d_normed = back(&GATE_UP, &tape.middle_normed, d_gate_up);
         let d_middle = dy + self.post_attention_norm.backward(&tape.middle, d_normed);
 
         let d_rows = back(&[LinearRole::O], &tape.attended_rows, d_middle.clone());
@@ -259,8 +257,12 @@ impl<B: Backend> DecoderLayer<B> {
             dq = backward_norm(self.q_norm.as_ref(), q, dq);
             dk = backward_norm(self.k_norm.as_ref(), k, dk);
         }
-        let d_qkv = [dq, dk, d_heads.v].map(|heads| self.merge_heads(heads));
-        let d_normed = back(&QKV, &tape.normed, Tensor::cat(d_qkv.to_vec(), 1));
+        let d_qkv = self.join_heads(Heads {
+            q: dq,
+            k: dk,
+            v: d_heads.v,
+        });
+        let d_normed = back(&QKV, &tape.normed, d_qkv);
         let dx = d_middle + self.input_norm.backward(&tape.x, d_normed);
         dx.reshape([batch, seq, hidden])
     }
@@ -281,8 +283,14 @@ impl<B: Backend> DecoderLayer<B> {
         let qkv = self.apply(&QKV, rows, dropout, tape);
         let [n, _] = qkv.dims();
         let (q_size, kv_size) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
-        let part = |from: usize, size: usize, heads| {
-            self.split_heads(qkv.clone().slice([0..n, from..from + size]), batch, heads)
+        let on_host = HostTensor::of(&qkv);
+        let part = |from: usize, size: usize, heads| match &on_host {
+            Some(rows) => {
+                let columns = self.columns(q_size + 2 * kv_size, from, heads);
+                let values = host::split_heads(rows.values(), batch, columns);
+                host::tensor(values, [batch, heads, n / batch, self.head_dim], &qkv.device())
+            }
+            None => self.split_heads(qkv.clone().slice([0..n, from..from + size]), batch, heads),
         };
         let q = part(0, q_size, self.n_heads);
         let k = part(q_size, kv_size, self.n_kv_heads);
@@ -299,18 +307,6 @@ impl<B: Backend> DecoderLayer<B> {
             v,
         };
         (heads, unnormed)
-    }
-
-    fn project_gate_up(
-        &self,
-        rows: Tensor<B, 2>,
-        dropout: &DropoutStream,
-        tape: &mut Vec<(LinearRole, LinearTape<B>)>,
-    ) -> (Tensor<B, 2>, Tensor<B, 2>) {
-        let both = self.apply(&GATE_UP, rows, dropout, tape);
-        let [n, width] = both.dims();
-        let gate = both.clone().slice([0..n, 0..width / 2]);
-        (gate, both.slice([0..n, width / 2..width]))
     }
 
     /// The outputs of the linears of `roles` that the layer has, side by side.
@@ -371,9 +367,45 @@ impl<B: Backend> DecoderLayer<B> {
         }
     }
 
+    fn columns(&self, width: usize, first: usize, heads: usize) -> HeadColumns {
+        HeadColumns {
+            width,
+            first,
+            heads,
+            head_dim: self.head_dim,
+        }
+    }
+
+    /// The gradients of q, k and v, side by side as rows `[batch * seq, q + 2 kv]`.
+    fn join_heads(&self, heads: Heads<B>) -> Tensor<B, 2> {
+        let (q, k, v) = (
+            HostTensor::of(&heads.q),
+            HostTensor::of(&heads.k),
+            HostTensor::of(&heads.v),
+        );
+        let (Some(q), Some(k), Some(v)) = (q, k, v) else {
+            let parts = [heads.q, heads.k, heads.v].map(|heads| self.merge_heads(heads));
+            return Tensor::cat(parts.to_vec(), 1);
+        };
+        let [batch, _, seq, _] = heads.q.dims();
+        let width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim;
+        let mut rows = vec![0.0; batch * seq * width];
+        let mut first = 0;
+        for (values, n_heads) in [(q, self.n_heads), (k, self.n_kv_heads), (v, self.n_kv_heads)] {
+            let columns = self.columns(width, first, n_heads);
+            host::merge_heads(values.values(), &mut rows, batch, columns);
+            first += n_heads * self.head_dim;
+        }
+        host::tensor(rows, [batch * seq, width], &heads.q.device())
+    }
+
     /// `[batch * seq, heads * head_dim]` to `[batch, heads, seq, head_dim]`.
     fn split_heads(&self, rows: Tensor<B, 2>, batch: usize, heads: usize) -> Tensor<B, 4> {
-        let [n, _] = rows.dims();
+        let [n, width] = rows.dims();
+        if let Some(values) = HostTensor::of(&rows) {
+            let values = host::split_heads(values.values(), batch, self.columns(width, 0, heads));
+            return host::tensor(values, [batch, heads, n / batch, self.head_dim], &rows.device());
+        }
         rows.reshape([batch, n / batch, heads, self.head_dim])
             .swap_dims(1, 2)
     }

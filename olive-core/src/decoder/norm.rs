@@ -3,6 +3,7 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
 
+use super::host::{self, HostTensor};
 use crate::checkpoint::TensorSource;
 use crate::error::Result;
 
@@ -40,6 +41,10 @@ impl<B: Backend> RmsNorm<B> {
 
     /// Normalises the last dimension.
     pub fn forward<const D: usize>(&self, x: Tensor<B, D>) -> Tensor<B, D> {
+        if let (Some(values), Some(weight)) = (HostTensor::of(&x), HostTensor::of(&self.weight)) {
+            let y = host::rms_norm(values.values(), weight.values(), self.epsilon as f32);
+            return host::tensor(y, x.dims(), &x.device());
+        }
         let inverse = self.inverse(&x);
         x * inverse * self.weight.clone().unsqueeze::<D>()
     }
@@ -47,6 +52,16 @@ impl<B: Backend> RmsNorm<B> {
     /// The gradient of `x` from that of `y`:
     /// `dx = i · (g - x · i² · mean(g · x))` with `g = dy · w` and `i` the inverse root.
     pub fn backward<const D: usize>(&self, x: &Tensor<B, D>, dy: Tensor<B, D>) -> Tensor<B, D> {
+        let host = (
+            HostTensor::of(x),
+            HostTensor::of(&dy),
+            HostTensor::of(&self.weight),
+        );
+        if let (Some(values), Some(slope), Some(weight)) = host {
+            let epsilon = self.epsilon as f32;
+            let dx = host::rms_norm_backward(values.values(), slope.values(), weight.values(), epsilon);
+            return host::tensor(dx, x.dims(), &x.device());
+        }
         let inverse = self.inverse(x);
         let g = dy * self.weight.clone().unsqueeze::<D>();
         let mean = (g.clone() * x.clone()).mean_dim(D - 1);

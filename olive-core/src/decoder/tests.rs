@@ -208,6 +208,27 @@ fn both_activations_have_their_derivative() {
     }
 }
 
+#[test]
+fn gating_on_the_host_is_that_of_any_backend() {
+    use crate::arch::Activation;
+    type Tracked = Autodiff<Cpu>;
+    for kind in [Activation::Silu, Activation::GeluTanh] {
+        let both = tensor::<Tracked, 2>([5, 14], 5).mul_scalar(9.0).require_grad();
+        let d_inner = tensor::<Cpu, 2>([5, 7], 6);
+        let inner = activation::gated(kind, &both);
+        let host = activation::gated(kind, &both.clone().inner());
+        close(&values(host), &values(inner.clone()), 1e-6, "forward");
+        let tracked = (inner * Tensor::from_inner(d_inner.clone())).sum().backward();
+        let host = activation::gated_backward(kind, &both.clone().inner(), d_inner);
+        close(
+            &values(host),
+            &values(both.grad(&tracked).unwrap()),
+            2e-6,
+            "backward",
+        );
+    }
+}
+
 fn packed(rows: usize, cols: usize, group: usize) -> QuantMatrix {
     let ints: Vec<u8> = noise(rows * cols, 11)
         .iter()

@@ -79,7 +79,7 @@ pub struct LinearReport {
 /// The clip search of one linear.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct ClipReport {
-    /// Share of the groupwise output error that clipping removed.
+    /// Share of the linear's squared output error that clipping removed.
     pub gain: f64,
     /// Share of the groups whose range was shrunk.
     pub clipped: f64,

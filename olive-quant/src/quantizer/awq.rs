@@ -7,7 +7,8 @@
 //! - The linears are rounded with the scale that is stored, in half precision.
 //! - The scaled layer is compared with the original before anything is rounded.
 //!
-//! - Clips are searched with all tokens instead of 512: the Gram matrix holds them at no further cost.
+//! - Clips are searched with all tokens instead of 512, and the groups of a row are judged together after they were
+//!   judged alone: the Gram matrix holds both at little further cost.
 //!
 //! Clipping skips separate query and key projections, whose errors meet in a product; a fused projection is clipped.
 
@@ -24,10 +25,11 @@ use burn::tensor::backend::Backend;
 use olive_core::decoder::{DecoderLayer, SequenceTables};
 use olive_core::{Error, LinearRole, ModelSpec, Result};
 
+use self::clip::ClipSearch;
 use self::mapping::{LinearInput, Mapping};
 use self::scale::Candidate;
 use self::search::{Choice, ScaleSearch};
-use self::statistics::GroupGrams;
+use self::statistics::InputStatistics;
 use crate::calibrate::{Half, HiddenStates};
 use crate::layer::LayerWeights;
 use crate::options::QuantizeOptions;
@@ -84,11 +86,10 @@ impl<'a> Awq<'a> {
     ) -> Result<AwqLayer> {
         let sample = first_tokens(&hidden.states()[0]);
         let mut choices = Vec::new();
-        let mut grams = Vec::new();
+        let mut inputs = Vec::new();
         for half in [Half::Attention, Half::Mlp] {
-            let inputs = half.inputs();
             let (run, statistics) = hidden.run(half, layer)?;
-            for (input, statistics) in inputs.into_iter().zip(statistics) {
+            for (input, statistics) in half.inputs().into_iter().zip(statistics) {
                 for mapping in self.mappings.iter().filter(|mapping| mapping.input == input) {
                     let started = Instant::now();
                     let search = ScaleSearch::new(mapping, &weights, &statistics, self.affine, self.options);
@@ -96,8 +97,7 @@ impl<'a> Awq<'a> {
                     let report = mapping_report(mapping, &weights, &choice, self.options, started);
                     choices.push((mapping, choice, report));
                 }
-                let group_size = self.options.group_for(statistics.channels());
-                grams.push((input, statistics.group_grams(group_size)));
+                inputs.push((input, statistics));
             }
             let outputs = run.into_outputs();
             hidden.add(outputs);
@@ -106,15 +106,13 @@ impl<'a> Awq<'a> {
             scale::apply(&mut weights, mapping, &choice.scales)?;
         }
         let preservation_error = self.verify(layer, &weights, sample)?;
-        let scales_of = |input| {
-            let choice = choices.iter().find(|(mapping, _, _)| mapping.input == input);
-            choice.map(|(_, choice, _)| choice.scales.as_slice())
-        };
         let mut clips = Vec::new();
         if self.options.clip {
-            for (input, grams) in grams {
-                let grams = scales_of(input).map_or_else(|| grams.clone(), |scales| grams.divided_by(scales));
-                self.clip(&mut weights, input, &grams, &mut clips);
+            for (input, mut statistics) in inputs {
+                if let Some((_, choice, _)) = choices.iter().find(|(mapping, _, _)| mapping.input == input) {
+                    statistics.divide_by(&choice.scales);
+                }
+                self.clip(&mut weights, input, &statistics, &mut clips);
             }
         }
         Ok(AwqLayer {
@@ -129,7 +127,7 @@ impl<'a> Awq<'a> {
         &self,
         weights: &mut LayerWeights,
         input: LinearInput,
-        grams: &GroupGrams,
+        statistics: &InputStatistics,
         clips: &mut Vec<(LinearRole, ClipReport)>,
     ) {
         for linear in &mut weights.linears {
@@ -139,7 +137,14 @@ impl<'a> Awq<'a> {
                 continue;
             }
             let cols = linear.spec.in_features;
-            let found = clip::search(&linear.weight, cols, grams, &self.affine);
+            let search = ClipSearch {
+                cols,
+                group_size: self.options.group_for(cols),
+                gram: statistics.gram(),
+                affine: self.affine,
+                jointly: true,
+            };
+            let found = search.run(&linear.weight);
             clip::apply(&mut linear.weight, cols, &found.limits);
             clips.push((role, ClipReport::new(&found)));
         }

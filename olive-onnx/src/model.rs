@@ -236,6 +236,11 @@ pub fn find_graph(path: &Path) -> Result<PathBuf> {
             None if target.is_file() => Some(target.clone()),
             None => graph_in(&target)?,
         };
+        // A folder that was moved may name its old place; the graph is still beside the description then.
+        let found = match found {
+            Some(found) => Some(found),
+            None => graph_in(&path.join("model"))?,
+        };
         return found.ok_or_else(|| Error::file(&target, "an ONNX model", "none"));
     }
     graph_in(&path.join("model"))?.ok_or_else(|| {

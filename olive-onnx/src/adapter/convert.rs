@@ -69,20 +69,24 @@ pub fn adapter_parameters(peft: &Arc<PeftAdapter>, spec: &ModelSpec) -> Result<V
     tensors(peft, places(peft, &Sizes::of_spec(spec))?, DType::F32)
 }
 
-/// Rows of q and of k (or v) in a fused projection, where they are known.
-struct Sizes {
+/// What is known about the graph that an adapter goes into.
+struct Sizes<'a> {
+    /// Rows of q and of k (or v) in a fused projection.
     q_and_kv: Option<[usize; 2]>,
+    /// The graph itself.
+    graph: Option<&'a Graph>,
 }
 
-impl Sizes {
+impl<'a> Sizes<'a> {
     fn of_spec(spec: &ModelSpec) -> Self {
         Self {
+            graph: None,
             q_and_kv: Some([spec.q_size(), spec.kv_size()]),
         }
     }
 
     /// From the graph's own inputs; the adapter of a fused projection has a place for all three or for none.
-    fn of_graph(graph: &Graph) -> Self {
+    fn of_graph(graph: &'a Graph) -> Self {
         let columns = |part: &str| {
             let ending = format!("attn.{part}.lora_B.MatMul.weight");
             let input = graph.inputs.iter().find(|input| input.name.ends_with(&ending))?;
@@ -92,6 +96,7 @@ impl Sizes {
             }
         };
         Self {
+            graph: Some(graph),
             q_and_kv: columns("q_proj").zip(columns("k_proj")).map(|(q, k)| [q, k]),
         }
     }
@@ -101,8 +106,22 @@ impl Sizes {
         let spec = peft.base().map(Path::new).filter(|path| path.is_dir());
         match spec.and_then(|path| arch::read_spec(path).ok()) {
             Some(spec) => Self::of_spec(&spec),
-            None => Self { q_and_kv: None },
+            None => Self {
+                q_and_kv: None,
+                graph: None,
+            },
         }
+    }
+
+    /// The inputs for a linear that the graph names as the checkpoint does, which exporters of whole PyTorch models
+    /// do: A `[in, r]` and B `[r, out]`, fused projections in one piece.
+    fn own_names(&self, module: &str) -> Option<[String; 2]> {
+        let names = ["lora_A", "lora_B"].map(|part| format!("{module}.{part}.weight"));
+        let graph = self.graph?;
+        names
+            .iter()
+            .all(|name| graph.input(name).is_some())
+            .then_some(names)
     }
 }
 
@@ -110,12 +129,14 @@ impl Sizes {
 #[derive(Clone)]
 struct Place {
     input: LoraInput,
+    /// Names of A and B in the graph.
+    names: [String; 2],
     pair: LoraPair,
     rows: std::ops::Range<usize>,
 }
 
 /// The graph's linears for all adapted modules, in the order of the graph.
-fn places(peft: &PeftAdapter, sizes: &Sizes) -> Result<Vec<Place>> {
+fn places(peft: &PeftAdapter, sizes: &Sizes<'_>) -> Result<Vec<Place>> {
     let mut places = Vec::new();
     let mut unknown = Vec::new();
     for pair in peft.pairs() {
@@ -123,6 +144,22 @@ fn places(peft: &PeftAdapter, sizes: &Sizes) -> Result<Vec<Place>> {
             unknown.push(pair.module.clone());
             continue;
         };
+        if let Some(names) = sizes.own_names(&pair.module) {
+            let input = LoraInput {
+                module: pair.module.clone(),
+                in_features: pair.in_features,
+                out_features: pair.out_features,
+            };
+            let rows = 0..pair.out_features;
+            let place = Place {
+                input,
+                names,
+                pair: pair.clone(),
+                rows,
+            };
+            places.push((layer, ORDER.len(), place));
+            continue;
+        }
         for (name, rows) in cut(pair, part, sizes)? {
             let input = LoraInput {
                 module: format!("model.layers.{layer}.{name}"),
@@ -133,6 +170,7 @@ fn places(peft: &PeftAdapter, sizes: &Sizes) -> Result<Vec<Place>> {
                 layer,
                 place_order(name),
                 Place {
+                    names: [input.a_name(), input.b_name()],
                     input,
                     pair: pair.clone(),
                     rows,
@@ -179,7 +217,11 @@ fn layer_and_part(module: &str) -> Option<(usize, &str)> {
 }
 
 /// The graph's names for a stored linear, with the rows of B that each takes.
-fn cut(pair: &LoraPair, part: &str, sizes: &Sizes) -> Result<Vec<(&'static str, std::ops::Range<usize>)>> {
+fn cut(
+    pair: &LoraPair,
+    part: &str,
+    sizes: &Sizes<'_>,
+) -> Result<Vec<(&'static str, std::ops::Range<usize>)>> {
     let out = pair.out_features;
     let whole = |name: &'static str| Ok(vec![(name, 0..out)]);
     match part {
@@ -228,7 +270,7 @@ fn check_against(graph: &Graph, places: &[Place], dtype: DType, model: &Path) ->
     }
     let names: Vec<String> = places
         .iter()
-        .flat_map(|p| [p.input.a_name(), p.input.b_name()])
+        .flat_map(|place| place.names.iter().cloned())
         .collect();
     let unknown: Vec<String> = names
         .iter()
@@ -257,11 +299,9 @@ fn check_against(graph: &Graph, places: &[Place], dtype: DType, model: &Path) ->
         return Err(mismatch(what, model));
     }
     for place in places {
-        for (name, fixed, size) in [
-            (place.input.a_name(), 0, place.input.in_features),
-            (place.input.b_name(), 1, place.input.out_features),
-        ] {
-            let input = graph.input(&name);
+        let sizes = [place.input.in_features, place.input.out_features];
+        for (fixed, (name, size)) in place.names.iter().zip(sizes).enumerate() {
+            let input = graph.input(name);
             let wanted = input.and_then(|input| input.dtype).and_then(OnnxType::to_core);
             if wanted != Some(dtype) {
                 let expected = wanted.map_or_else(
@@ -308,18 +348,27 @@ fn tensors(peft: &Arc<PeftAdapter>, places: Vec<Place>, dtype: DType) -> Result<
         }
     };
     let rank = peft.rank();
-    let encode = move |values: Vec<f32>| dtype.from_f32(&values).unwrap_or_default();
+    let encode = move |name: &str, values: Vec<f32>| {
+        let lost = values
+            .iter()
+            .filter(|value| !dtype.round(**value).is_finite())
+            .count();
+        match lost {
+            0 => Ok(dtype.from_f32(&values).unwrap_or_default()),
+            _ => Err(Error::NotFinite {
+                what: format!("`{name}` as {dtype}"),
+                found: lost,
+            }),
+        }
+    };
     let mut tensors = Vec::with_capacity(2 * places.len());
     for place in places {
-        let (a_name, b_name) = (place.input.a_name(), place.input.b_name());
+        let [a_name, b_name] = place.names.clone();
         let (a_shape, b_shape) = ([place.input.in_features, rank], [rank, place.input.out_features]);
         let (source, own) = (peft.clone(), place.clone());
         let a = move || {
-            Ok(encode(transposed(
-                &source.read_a(&own.pair)?,
-                own.pair.rank,
-                rank,
-            )))
+            let a = source.read_a(&own.pair)?;
+            encode(&own.names[0], transposed(&a, own.pair.rank, rank))
         };
         tensors.push(Tensor::produced(a_name, onnx, a_shape, Arc::new(a))?);
         let source = peft.clone();
@@ -334,7 +383,7 @@ fn tensors(peft: &Arc<PeftAdapter>, places: Vec<Place>, dtype: DType) -> Result<
                     out[line * place.rows.len() + column] = value * scale;
                 }
             }
-            Ok(encode(out))
+            encode(&place.names[1], out)
         };
         tensors.push(Tensor::produced(b_name, onnx, b_shape, Arc::new(b))?);
     }

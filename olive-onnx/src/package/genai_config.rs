@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use olive_core::{Error, ModelSpec, Result, fsio};
+use olive_core::{Error, Family, ModelSpec, Result, fsio};
 use serde_json::{Map, Value, json};
 
 /// The config for a checkpoint in `folder`: sizes from its spec; tokens and sampling from `generation_config.json`,
@@ -38,11 +38,22 @@ pub fn genai_config(folder: &Path, spec: &ModelSpec, overrides: &Map<String, Val
             "decoder": decoder(spec),
             "eos_token_id": eos,
             "pad_token_id": pad,
-            "type": spec.model_type,
+            "type": runtime_type(spec.family),
             "vocab_size": spec.vocab_size,
         },
         "search": overridden(search(&generation, spec)?, overrides)?,
     }))
+}
+
+/// The runtime's name for a family.
+const fn runtime_type(family: Family) -> &'static str {
+    match family {
+        Family::Llama => "llama",
+        Family::Mistral => "mistral",
+        Family::Phi3 => "phi3",
+        Family::Qwen2 => "qwen2",
+        Family::Qwen3 => "qwen3",
+    }
 }
 
 fn decoder(spec: &ModelSpec) -> Value {

@@ -14,6 +14,12 @@ pub fn copy(source: &Path, target: &Path) -> Result<()> {
         let name = path.file_name().unwrap_or_default();
         fsio::write(target.join(name), &fsio::read(&path)?)?;
     }
+    if !source.join("tokenizer.json").is_file() {
+        tracing::warn!(
+            "`{}` has no tokenizer.json; the model folder will take token ids only",
+            source.display()
+        );
+    }
     if !source.join(TEMPLATE_FILE).is_file()
         && let Some(template) = chat_template(source)?
     {

@@ -261,3 +261,23 @@ fn fused_projections_are_cut_and_ranks_are_evened_out() {
         assert_eq!(up[640 + column], 0.0);
     }
 }
+
+#[test]
+fn a_graph_with_the_checkpoints_own_names_takes_its_adapter_as_it_is() {
+    let Some(root) = golden::shared() else { return };
+    // What Olive 0.7.1 exported through PyTorch, in a folder that names a place where it is no longer.
+    let root = root.join("golden/olive");
+    let scratch = tempfile::tempdir().unwrap();
+    let output = scratch.path().join("x.onnx_adapter");
+    let model = root.join("onnx-ao");
+    let options = ConvertOptions {
+        model: Some(&model),
+        dtype: DType::F32,
+    };
+    convert_adapter(&root.join("ft/adapter"), &options, &output).unwrap();
+    let reference = read_adapter(&model.join("model").join(ADAPTER_FILE)).unwrap();
+    assert_eq!(
+        sorted(&read_adapter(&output).unwrap(), plain),
+        sorted(&reference, plain)
+    );
+}

@@ -29,7 +29,9 @@ fn main() -> ExitCode {
 fn run() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [model_path, output, algorithm, calibration, evaluation, rest @ ..] = arguments.as_slice() else {
-        return Err("usage: quantize <model> <output> <awq|rtn> <calibration.txt> <evaluation.txt> [options]".into());
+        return Err(
+            "usage: quantize <model> <output> <awq|rtn> <calibration.txt> <evaluation.txt> [options]".into(),
+        );
     };
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let model = HfModel::open(model_path)?;
@@ -39,22 +41,40 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
         Ok(CalibrationSet::from_blocks(&ids, BLOCK, count))
     };
     let options = QuantizeOptions {
-        algorithm: if algorithm == "rtn" { Algorithm::Rtn } else { Algorithm::Awq },
+        algorithm: if algorithm == "rtn" {
+            Algorithm::Rtn
+        } else {
+            Algorithm::Awq
+        },
         ..serde_json::from_str(rest.first().map_or("{}", String::as_str))?
     };
     let calibration = blocks(calibration, CALIBRATION_BLOCKS)?;
     let cancel = CancelToken::default();
     let before = cpu_seconds();
-    let report = quantize(&model, &calibration, &options, Path::new(output), &LogProgress::default(), &cancel)?;
+    let report = quantize(
+        &model,
+        &calibration,
+        &options,
+        Path::new(output),
+        &LogProgress::default(),
+        &cancel,
+    )?;
     println!("cpu_seconds {:.2}", cpu_seconds() - before);
     println!("peak_memory {}", peak_memory());
     println!("expected {}", report.expected);
     for layer in &report.layers {
         for mapping in &layer.mappings {
-            let ratio = mapping.ratio.map_or_else(|| "identity".to_owned(), |r| format!("{r:.2}"));
+            let ratio = mapping
+                .ratio
+                .map_or_else(|| "identity".to_owned(), |r| format!("{r:.2}"));
             println!(
                 "layer {} {:<40} rtn {:.4e} awq {:.4e} = {:.3} ratio {ratio} {:.1} s",
-                layer.layer, mapping.name, mapping.loss_rtn, mapping.loss, mapping.loss / mapping.loss_rtn, mapping.seconds
+                layer.layer,
+                mapping.name,
+                mapping.loss_rtn,
+                mapping.loss,
+                mapping.loss / mapping.loss_rtn,
+                mapping.seconds
             );
         }
     }
@@ -68,7 +88,12 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
 /// User and system time of this process, in seconds; Linux only, 0 elsewhere.
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let fields: Vec<&str> = stat
+        .rsplit(')')
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .collect();
     let ticks = |i: usize| fields.get(i).and_then(|t| t.parse::<f64>().ok()).unwrap_or(0.0);
     (ticks(11) + ticks(12)) / 100.0
 }

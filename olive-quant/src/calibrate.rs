@@ -85,7 +85,9 @@ impl<B: Backend> HiddenStates<B> {
         let mut lengths: Vec<usize> = calibration.sequences.iter().map(Vec::len).collect();
         lengths.sort_unstable();
         lengths.dedup();
-        let tables = lengths.into_iter().map(|length| SequenceTables::new(model.spec(), length, device));
+        let tables = lengths
+            .into_iter()
+            .map(|length| SequenceTables::new(model.spec(), length, device));
         Ok(Self {
             states,
             tables: tables.collect(),
@@ -138,8 +140,10 @@ impl<B: Backend> HiddenStates<B> {
         let mut statistics: Option<[InputStatistics; 2]> = None;
         for states in self.states.chunks(SIDE_BY_SIDE) {
             self.cancel.check()?;
-            let observed: Vec<Observed<B>> =
-                states.par_iter().map(|x| observe(half, layer, x.clone(), &self.tables)).collect();
+            let observed: Vec<Observed<B>> = states
+                .par_iter()
+                .map(|x| observe(half, layer, x.clone(), &self.tables))
+                .collect();
             for Observed {
                 normed,
                 last_input,
@@ -148,7 +152,10 @@ impl<B: Backend> HiddenStates<B> {
             {
                 let width = |x: &Tensor<B, 3>| x.dims()[2];
                 let [first, last] = statistics.get_or_insert_with(|| {
-                    [InputStatistics::new(width(&normed)), InputStatistics::new(width(&last_input))]
+                    [
+                        InputStatistics::new(width(&normed)),
+                        InputStatistics::new(width(&last_input)),
+                    ]
                 });
                 first.add(&to_host(normed.clone()));
                 last.add(&to_host(last_input));
@@ -237,16 +244,27 @@ impl<B: Backend> BlockProbe for HalfRun<'_, B> {
         for (role, weight) in weights {
             replace_weight(&mut layer, role, weight, &device);
         }
-        let elements: usize = self.outputs.iter().map(|y| y.dims().iter().product::<usize>()).sum();
+        let elements: usize = self
+            .outputs
+            .iter()
+            .map(|y| y.dims().iter().product::<usize>())
+            .sum();
         let mut sum = 0.0;
-        for (normed, outputs) in self.normed.chunks(SIDE_BY_SIDE).zip(self.outputs.chunks(SIDE_BY_SIDE)) {
+        for (normed, outputs) in self
+            .normed
+            .chunks(SIDE_BY_SIDE)
+            .zip(self.outputs.chunks(SIDE_BY_SIDE))
+        {
             self.cancel.check()?;
             let errors: Vec<f64> = normed
                 .par_iter()
                 .zip(outputs)
                 .map(|(normed, reference)| {
                     let difference = self.output(&layer, normed) - reference.clone();
-                    to_host(difference).iter().map(|d| f64::from(*d) * f64::from(*d)).sum()
+                    to_host(difference)
+                        .iter()
+                        .map(|d| f64::from(*d) * f64::from(*d))
+                        .sum()
                 })
                 .collect();
             sum += errors.iter().sum::<f64>();

@@ -12,7 +12,10 @@ pub struct CalibrationSet {
 impl CalibrationSet {
     /// A set of these sequences; empty ones are left out.
     pub fn new(sequences: Vec<Vec<u32>>) -> Self {
-        let sequences = sequences.into_iter().filter(|sequence| !sequence.is_empty()).collect();
+        let sequences = sequences
+            .into_iter()
+            .filter(|sequence| !sequence.is_empty())
+            .collect();
         Self { sequences }
     }
 
@@ -37,7 +40,11 @@ impl CalibrationSet {
     /// the model's positions.
     pub fn check(&self, spec: &ModelSpec) -> Result<()> {
         if self.sequences.is_empty() {
-            return Err(Error::tensor("calibration", "at least one sequence of tokens", "none"));
+            return Err(Error::tensor(
+                "calibration",
+                "at least one sequence of tokens",
+                "none",
+            ));
         }
         for (index, sequence) in self.sequences.iter().enumerate() {
             let name = format!("calibration sequence {index}");

@@ -75,7 +75,10 @@ pub fn half(name: &str, values: &[f32]) -> Result<Vec<u8>> {
         let found = format!("{wide} value(s) up to {largest:e}");
         return Err(Error::tensor(name, "values that fit float16", found));
     }
-    Ok(values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect())
+    Ok(values
+        .iter()
+        .flat_map(|v| f16::from_f32(*v).to_le_bytes())
+        .collect())
 }
 
 /// Norms, biases and linears that stay dense, of a layer.
@@ -84,7 +87,10 @@ pub fn half(name: &str, values: &[f32]) -> Result<Vec<u8>> {
 /// Those of [`half`].
 pub fn dense_parts(spec: &ModelSpec, layer: &LayerWeights) -> Result<Vec<Encoded>> {
     let names = spec.layer_names(layer.index);
-    let mut parts = vec![(names.input_norm, &layer.input_norm), (names.post_attention_norm, &layer.post_attention_norm)];
+    let mut parts = vec![
+        (names.input_norm, &layer.input_norm),
+        (names.post_attention_norm, &layer.post_attention_norm),
+    ];
     for linear in &layer.linears {
         if !linear.converts {
             parts.push((format!("{}.weight", linear.spec.name), &linear.weight));
@@ -93,7 +99,12 @@ pub fn dense_parts(spec: &ModelSpec, layer: &LayerWeights) -> Result<Vec<Encoded
             parts.push((format!("{}.bias", linear.spec.name), bias));
         }
     }
-    parts.extend(layer.head_norms.iter().map(|(name, values)| (name.clone(), values)));
+    parts.extend(
+        layer
+            .head_norms
+            .iter()
+            .map(|(name, values)| (name.clone(), values)),
+    );
     parts
         .into_iter()
         .map(|(name, values)| half(&name, values).map(|bytes| (name, bytes)))

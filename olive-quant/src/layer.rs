@@ -60,7 +60,10 @@ impl LayerWeights {
             let stored = LinearWeight::read(source, spec, &linear)?;
             let WeightKind::Dense(weight, _) = stored.weight else {
                 let reason = "quantization starts from dense weights";
-                return Err(Error::unsupported(format!("packed linear `{}`", linear.name), reason));
+                return Err(Error::unsupported(
+                    format!("packed linear `{}`", linear.name),
+                    reason,
+                ));
             };
             Ok(LayerLinear {
                 converts: options.converts(&linear),
@@ -95,7 +98,8 @@ impl LayerWeights {
     /// `layer` with these weights in place of its own.
     pub fn placed_in<B: Backend>(&self, layer: &DecoderLayer<B>, device: &B::Device) -> DecoderLayer<B> {
         let mut placed = layer.clone();
-        let norm = |values: &[f32]| Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), device);
+        let norm =
+            |values: &[f32]| Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), device);
         placed.input_norm.weight = norm(&self.input_norm);
         placed.post_attention_norm.weight = norm(&self.post_attention_norm);
         for linear in &self.linears {

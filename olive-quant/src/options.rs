@@ -82,17 +82,24 @@ impl QuantizeOptions {
     /// # Errors
     /// [`Error::Config`] naming the option.
     pub fn check(&self) -> Result<()> {
-        let wrong = |key: &str, expected: &str, found: String| {
-            Err(Error::config("quantize", key, expected, found))
-        };
+        let wrong =
+            |key: &str, expected: &str, found: String| Err(Error::config("quantize", key, expected, found));
         if self.bits != 4 {
             return wrong("bits", "4, which the `gemm` layout holds", self.bits.to_string());
         }
         if !self.zero_point {
-            return wrong("zero_point", "true: the `gemm` layout stores zero points", "false".to_owned());
+            return wrong(
+                "zero_point",
+                "true: the `gemm` layout stores zero points",
+                "false".to_owned(),
+            );
         }
         if self.group_size < 1 && self.group_size != -1 {
-            return wrong("group_size", "a positive number or -1", self.group_size.to_string());
+            return wrong(
+                "group_size",
+                "a positive number or -1",
+                self.group_size.to_string(),
+            );
         }
         if !(1..=1000).contains(&self.n_grid) {
             return wrong("n_grid", "1 to 1000", self.n_grid.to_string());
@@ -107,6 +114,9 @@ impl QuantizeOptions {
 
     /// Whether this linear is quantized.
     pub fn converts(&self, linear: &LinearSpec) -> bool {
-        !self.modules_to_not_convert.iter().any(|part| linear.name.contains(part.as_str()))
+        !self
+            .modules_to_not_convert
+            .iter()
+            .any(|part| linear.name.contains(part.as_str()))
     }
 }

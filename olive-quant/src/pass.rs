@@ -32,18 +32,43 @@ const fn param(
 }
 
 const AWQ_PARAMS: &[ParamSpec] = &[
-    param("user_script", ParamKind::Text, Some("null"), "A Python script; not supported."),
-    param("script_dir", ParamKind::Text, Some("null"), "Its folder; not supported."),
+    param(
+        "user_script",
+        ParamKind::Text,
+        Some("null"),
+        "A Python script; not supported.",
+    ),
+    param(
+        "script_dir",
+        ParamKind::Text,
+        Some("null"),
+        "Its folder; not supported.",
+    ),
     param(
         "input_model_dtype",
         ParamKind::OneOf(&["fp16", "fp32", "bf16"]),
         Some("\"fp16\""),
         "The model's dtype; the stored one is read whatever is said here.",
     ),
-    param("zero_point", ParamKind::Bool, Some("true"), "Whether groups have a zero point."),
-    param("q_group_size", ParamKind::Int, Some("128"), "Inputs that share a scale; -1 for a whole row."),
+    param(
+        "zero_point",
+        ParamKind::Bool,
+        Some("true"),
+        "Whether groups have a zero point.",
+    ),
+    param(
+        "q_group_size",
+        ParamKind::Int,
+        Some("128"),
+        "Inputs that share a scale; -1 for a whole row.",
+    ),
     param("bits", ParamKind::OneOfInt(&[4]), Some("4"), "Bits of a weight."),
-    param("version", ParamKind::OneOf(&["gemm"]), Some("\"gemm\""), "The checkpoint's layout."),
+    param(
+        "version",
+        ParamKind::OneOf(&["gemm"]),
+        Some("\"gemm\""),
+        "The checkpoint's layout.",
+    ),
     param(
         "duo_scaling",
         ParamKind::Bool,
@@ -56,8 +81,18 @@ const AWQ_PARAMS: &[ParamSpec] = &[
         Some("[]"),
         "Linears whose name contains one of these stay in half precision.",
     ),
-    param("export_compatible", ParamKind::Bool, Some("false"), "Scale only, without rounding; not supported."),
-    param("data_config", ParamKind::DataConfig, Some("null"), "The calibration text."),
+    param(
+        "export_compatible",
+        ParamKind::Bool,
+        Some("false"),
+        "Scale only, without rounding; not supported.",
+    ),
+    param(
+        "data_config",
+        ParamKind::DataConfig,
+        Some("null"),
+        "The calibration text.",
+    ),
 ];
 
 const RTN_PARAMS: &[ParamSpec] = &[
@@ -67,20 +102,55 @@ const RTN_PARAMS: &[ParamSpec] = &[
     },
     ParamSpec {
         search: &["-1", "16", "32", "64", "128"],
-        ..param("group_size", ParamKind::Int, Some("128"), "Inputs that share a scale; -1 for a whole row.")
+        ..param(
+            "group_size",
+            ParamKind::Int,
+            Some("128"),
+            "Inputs that share a scale; -1 for a whole row.",
+        )
     },
-    param("sym", ParamKind::Bool, Some("false"), "Whether groups have no zero point; the layout wants one."),
-    param("lm_head", ParamKind::Bool, Some("false"), "Whether the head is quantized; not supported."),
-    param("quantize_vision", ParamKind::Bool, Some("false"), "Whether a vision tower is quantized; not supported."),
-    param("embeds", ParamKind::Bool, Some("false"), "Whether the embedding is quantized; not supported."),
-    param("moe", ParamKind::Bool, Some("false"), "Whether experts are quantized; there are none."),
+    param(
+        "sym",
+        ParamKind::Bool,
+        Some("false"),
+        "Whether groups have no zero point; the layout wants one.",
+    ),
+    param(
+        "lm_head",
+        ParamKind::Bool,
+        Some("false"),
+        "Whether the head is quantized; not supported.",
+    ),
+    param(
+        "quantize_vision",
+        ParamKind::Bool,
+        Some("false"),
+        "Whether a vision tower is quantized; not supported.",
+    ),
+    param(
+        "embeds",
+        ParamKind::Bool,
+        Some("false"),
+        "Whether the embedding is quantized; not supported.",
+    ),
+    param(
+        "moe",
+        ParamKind::Bool,
+        Some("false"),
+        "Whether experts are quantized; there are none.",
+    ),
     param(
         "modules_to_not_convert",
         ParamKind::TextList,
         Some("[]"),
         "Linears whose name contains one of these stay in half precision.",
     ),
-    param("overrides", ParamKind::Object, Some("null"), "Settings by module; not supported."),
+    param(
+        "overrides",
+        ParamKind::Object,
+        Some("null"),
+        "Settings by module; not supported.",
+    ),
 ];
 
 /// Refuses a parameter that is set to anything but its harmless value.
@@ -90,7 +160,12 @@ fn refuse_set(config: &PassConfig, origin: &str, names: &[&str]) -> Result<()> {
         let harmless = matches!(value, Value::Null | Value::Bool(false))
             || value.as_object().is_some_and(serde_json::Map::is_empty);
         if !harmless {
-            return Err(Error::config(origin, *name, "nothing: it is not supported", value.to_string()));
+            return Err(Error::config(
+                origin,
+                *name,
+                "nothing: it is not supported",
+                value.to_string(),
+            ));
         }
     }
     Ok(())
@@ -98,15 +173,27 @@ fn refuse_set(config: &PassConfig, origin: &str, names: &[&str]) -> Result<()> {
 
 fn texts(config: &PassConfig, name: &str) -> Vec<String> {
     let list = config.values().get(name).and_then(Value::as_array);
-    list.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+    list.into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .map(str::to_owned)
+        .collect()
 }
 
 fn integer(config: &PassConfig, name: &str, default: i64) -> i64 {
-    config.values().get(name).and_then(Value::as_i64).unwrap_or(default)
+    config
+        .values()
+        .get(name)
+        .and_then(Value::as_i64)
+        .unwrap_or(default)
 }
 
 fn flag(config: &PassConfig, name: &str, default: bool) -> bool {
-    config.values().get(name).and_then(Value::as_bool).unwrap_or(default)
+    config
+        .values()
+        .get(name)
+        .and_then(Value::as_bool)
+        .unwrap_or(default)
 }
 
 fn run_pass(
@@ -115,7 +202,14 @@ fn run_pass(
     options: &QuantizeOptions,
     context: &PassContext<'_>,
 ) -> Result<Arc<dyn ModelHandle>> {
-    quantize(model, calibration, options, context.output, context.progress, context.cancel)?;
+    quantize(
+        model,
+        calibration,
+        options,
+        context.output,
+        context.progress,
+        context.cancel,
+    )?;
     Ok(Arc::new(HfModel::open(context.output)?))
 }
 
@@ -133,7 +227,11 @@ impl AutoAwqQuantizer {
 
     fn options(config: &PassConfig) -> Result<QuantizeOptions> {
         let origin = "pass `AutoAWQQuantizer`";
-        refuse_set(config, origin, &["user_script", "script_dir", "export_compatible"])?;
+        refuse_set(
+            config,
+            origin,
+            &["user_script", "script_dir", "export_compatible"],
+        )?;
         let options = QuantizeOptions {
             group_size: integer(config, "q_group_size", 128),
             zero_point: flag(config, "zero_point", true),
@@ -170,7 +268,10 @@ impl Pass for AutoAwqQuantizer {
         context: &PassContext<'_>,
     ) -> Result<Arc<dyn ModelHandle>> {
         let options = Self::options(config)?;
-        let data = config.values().get("data_config").filter(|value| !value.is_null());
+        let data = config
+            .values()
+            .get("data_config")
+            .filter(|value| !value.is_null());
         let calibration = (self.calibration)(model, data)?;
         run_pass(model, &calibration, &options, context)
     }
@@ -183,7 +284,11 @@ pub struct Rtn;
 impl Rtn {
     fn options(config: &PassConfig) -> Result<QuantizeOptions> {
         let origin = "pass `Rtn`";
-        refuse_set(config, origin, &["sym", "lm_head", "quantize_vision", "embeds", "moe", "overrides"])?;
+        refuse_set(
+            config,
+            origin,
+            &["sym", "lm_head", "quantize_vision", "embeds", "moe", "overrides"],
+        )?;
         let options = QuantizeOptions {
             group_size: integer(config, "group_size", 128),
             modules_to_not_convert: texts(config, "modules_to_not_convert"),
@@ -217,6 +322,11 @@ impl Pass for Rtn {
         config: &PassConfig,
         context: &PassContext<'_>,
     ) -> Result<Arc<dyn ModelHandle>> {
-        run_pass(model, &CalibrationSet::default(), &Self::options(config)?, context)
+        run_pass(
+            model,
+            &CalibrationSet::default(),
+            &Self::options(config)?,
+            context,
+        )
     }
 }

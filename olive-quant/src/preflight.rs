@@ -64,10 +64,18 @@ pub fn preflight(
         .collect();
     let plan = encode::plan(spec, options);
     let in_layers = |name: &str| name.contains(".layers.");
-    let work: usize = plan.tensors.iter().filter(|(n, _)| in_layers(n)).map(|(_, info)| info.byte_len()).sum();
+    let work: usize = plan
+        .tensors
+        .iter()
+        .filter(|(n, _)| in_layers(n))
+        .map(|(_, info)| info.byte_len())
+        .sum();
     Ok(Preflight {
         quantized_linears: converted.len(),
-        quantized_weights: converted.iter().map(|l| (l.in_features * l.out_features) as u64).sum(),
+        quantized_weights: converted
+            .iter()
+            .map(|l| (l.in_features * l.out_features) as u64)
+            .sum(),
         peak_memory_bytes: peak_memory(spec, calibration, options),
         output_bytes: plan.byte_len(),
         work_bytes: work as u64,
@@ -83,25 +91,43 @@ pub fn check_model(model: &dyn ModelHandle, options: &QuantizeOptions) -> Result
     let spec = model.spec();
     let what = || format!("model `{}`", model.path().display());
     if model.kind() != ModelKind::HuggingFace {
-        return Err(Error::unsupported(what(), "quantization starts from a Hugging Face checkpoint"));
+        return Err(Error::unsupported(
+            what(),
+            "quantization starts from a Hugging Face checkpoint",
+        ));
     }
     if let Some(quantization) = &spec.quantization {
         let reason = format!("it is quantized already (`{}`)", quantization.quant_method);
         return Err(Error::unsupported(what(), reason));
     }
     if model.adapter().is_some() {
-        return Err(Error::unsupported(what(), "it has an adapter; quantize the base, or merge the adapter first"));
+        return Err(Error::unsupported(
+            what(),
+            "it has an adapter; quantize the base, or merge the adapter first",
+        ));
     }
     HfModel::open(model.path())?.check_tensors()?;
-    for linear in spec.linears(0).into_iter().filter(|linear| options.converts(linear)) {
+    for linear in spec
+        .linears(0)
+        .into_iter()
+        .filter(|linear| options.converts(linear))
+    {
         let group_size = options.group_for(linear.in_features);
         if !linear.in_features.is_multiple_of(group_size) {
             let expected = format!("input features that are a multiple of the group size {group_size}");
-            return Err(Error::tensor(linear.name, expected, linear.in_features.to_string()));
+            return Err(Error::tensor(
+                linear.name,
+                expected,
+                linear.in_features.to_string(),
+            ));
         }
         if !linear.out_features.is_multiple_of(8) {
             let expected = "output features that are a multiple of 8";
-            return Err(Error::tensor(linear.name, expected, linear.out_features.to_string()));
+            return Err(Error::tensor(
+                linear.name,
+                expected,
+                linear.out_features.to_string(),
+            ));
         }
     }
     Ok(())
@@ -122,7 +148,11 @@ fn check_weights(source: &dyn TensorSource, spec: &ModelSpec) -> Result<()> {
             })
             .sum();
         if !info.dtype.is_float() {
-            return Err(Error::tensor(&name, "floating-point elements", info.dtype.to_string()));
+            return Err(Error::tensor(
+                &name,
+                "floating-point elements",
+                info.dtype.to_string(),
+            ));
         }
         if bad > 0 {
             return Err(Error::NotFinite {
@@ -144,7 +174,12 @@ pub fn check_output(model: &Path, output: &Path) -> Result<()> {
     for target in [output.to_path_buf(), output.join("model")] {
         if source.is_some() && resolve(&target) == source {
             let expected = "a folder that does not hold the model itself";
-            return Err(Error::config("quantize", "output_path", expected, output.display().to_string()));
+            return Err(Error::config(
+                "quantize",
+                "output_path",
+                expected,
+                output.display().to_string(),
+            ));
         }
     }
     Ok(())
@@ -158,7 +193,10 @@ const TOKEN_TENSORS: u64 = 3;
 fn peak_memory(spec: &ModelSpec, calibration: &CalibrationSet, options: &QuantizeOptions) -> u64 {
     const F32: u64 = size_of::<f32>() as u64;
     let linears = spec.linears(0);
-    let layer: u64 = linears.iter().map(|l| (l.in_features * l.out_features) as u64 * F32).sum();
+    let layer: u64 = linears
+        .iter()
+        .map(|l| (l.in_features * l.out_features) as u64 * F32)
+        .sum();
     let table = (spec.vocab_size * spec.hidden_size) as u64 * F32;
     // The table as floats and as half precision bytes.
     let ends = table + table / 2;
@@ -166,14 +204,15 @@ fn peak_memory(spec: &ModelSpec, calibration: &CalibrationSet, options: &Quantiz
         return ends.max(2 * layer);
     }
     let halves = [spec.q_size(), spec.intermediate_size];
-    let statistics = halves
-        .map(|width| InputStatistics::byte_len(width) + InputStatistics::byte_len(spec.hidden_size));
+    let statistics =
+        halves.map(|width| InputStatistics::byte_len(width) + InputStatistics::byte_len(spec.hidden_size));
     let states = calibration.tokens() as u64 * spec.hidden_size as u64 * F32;
     let longest = calibration.sequences.iter().map(Vec::len).max().unwrap_or(0) as u64;
     let threads = rayon::current_num_threads() as u64;
     let widest = (spec.q_size() + 2 * spec.kv_size()).max(2 * spec.intermediate_size) as u64;
     let scores = spec.n_heads as u64 * longest.min(256) * longest;
     let activations = threads * F32 * (2 * longest * widest + 3 * scores);
-    let layers = LAYER_COPIES * layer + statistics[0].max(statistics[1]) + TOKEN_TENSORS * states + activations;
+    let layers =
+        LAYER_COPIES * layer + statistics[0].max(statistics[1]) + TOKEN_TENSORS * states + activations;
     layers.max(ends + states)
 }

@@ -90,7 +90,11 @@ impl ClipReport {
     pub fn new(clip: &Clip) -> Self {
         let clipped = clip.steps.iter().filter(|step| **step > 0).count();
         Self {
-            gain: if clip.before > 0.0 { 1.0 - clip.after / clip.before } else { 0.0 },
+            gain: if clip.before > 0.0 {
+                1.0 - clip.after / clip.before
+            } else {
+                0.0
+            },
             clipped: clipped as f64 / clip.steps.len().max(1) as f64,
         }
     }

@@ -101,12 +101,20 @@ impl Run<'_> {
     fn layers<B: Backend>(&self, calibration: &CalibrationSet) -> Result<Vec<LayerReport>> {
         let spec = self.model.spec();
         let found: Vec<Option<LayerReport>> = (0..spec.n_layers)
-            .map(|index| self.work.finished(index, &encode::layer_plan(spec, self.options, index)))
+            .map(|index| {
+                self.work
+                    .finished(index, &encode::layer_plan(spec, self.options, index))
+            })
             .collect();
         let device = B::Device::default();
         let calibrates = self.options.algorithm == Algorithm::Awq && found.iter().any(Option::is_none);
         let mut hidden = match calibrates {
-            true => Some(HiddenStates::<B>::embed(self.model, calibration, &device, self.cancel)?),
+            true => Some(HiddenStates::<B>::embed(
+                self.model,
+                calibration,
+                &device,
+                self.cancel,
+            )?),
             false => None,
         };
         let last_open = found.iter().rposition(Option::is_none);
@@ -114,7 +122,11 @@ impl Run<'_> {
         let mut reports = Vec::with_capacity(spec.n_layers);
         for (index, found) in found.into_iter().enumerate() {
             self.cancel.check()?;
-            let note = if found.is_some() { "finished by an earlier run" } else { "" };
+            let note = if found.is_some() {
+                "finished by an earlier run"
+            } else {
+                ""
+            };
             let report = match (found, hidden.as_mut()) {
                 (Some(report), Some(hidden)) if Some(index) < last_open => {
                     hidden.pass(&DecoderLayer::load(self.model.tensors(), spec, index, &device)?)?;
@@ -123,7 +135,11 @@ impl Run<'_> {
                 (Some(report), _) => report,
                 (None, hidden) => self.layer(index, hidden)?,
             };
-            let note = if note.is_empty() { summary(&report) } else { note.to_owned() };
+            let note = if note.is_empty() {
+                summary(&report)
+            } else {
+                note.to_owned()
+            };
             self.progress.update(index as u64 + 1, &note);
             reports.push(report);
         }
@@ -156,7 +172,8 @@ impl Run<'_> {
             mappings: awq.mappings,
             linears,
         };
-        self.work.store(&encode::layer_plan(spec, self.options, index), &tensors, &report)?;
+        self.work
+            .store(&encode::layer_plan(spec, self.options, index), &tensors, &report)?;
         Ok(report)
     }
 
@@ -199,8 +216,13 @@ fn relative_error(a: &[f32], b: &[f32]) -> f64 {
 
 fn summary(report: &LayerReport) -> String {
     let losses = report.mappings.iter().map(|mapping| {
-        let ratio = mapping.ratio.map_or_else(|| "identity".to_owned(), |ratio| format!("{ratio:.2}"));
-        format!("{}: {:.2e} of {:.2e} ({ratio})", mapping.name, mapping.loss, mapping.loss_rtn)
+        let ratio = mapping
+            .ratio
+            .map_or_else(|| "identity".to_owned(), |ratio| format!("{ratio:.2}"));
+        format!(
+            "{}: {:.2e} of {:.2e} ({ratio})",
+            mapping.name, mapping.loss, mapping.loss_rtn
+        )
     });
     losses.collect::<Vec<_>>().join(", ")
 }

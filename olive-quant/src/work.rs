@@ -40,7 +40,11 @@ impl Manifest {
     ///
     /// # Errors
     /// [`Error::Io`] if the model cannot be read.
-    pub fn new(model: &dyn ModelHandle, calibration: &CalibrationSet, options: &QuantizeOptions) -> Result<Self> {
+    pub fn new(
+        model: &dyn ModelHandle,
+        calibration: &CalibrationSet,
+        options: &QuantizeOptions,
+    ) -> Result<Self> {
         let mut hasher = blake3::Hasher::new();
         let options_json = serde_json::to_vec(options).map_err(Error::json("options"))?;
         hasher.update(&options_json);
@@ -81,7 +85,10 @@ impl WorkFolder {
         let same = fsio::read_json::<Manifest>(&path).is_ok_and(|found| found == *manifest);
         if !same {
             if folder.root.exists() {
-                tracing::warn!("the unfinished work in `{}` is of another run; starting anew", output.display());
+                tracing::warn!(
+                    "the unfinished work in `{}` is of another run; starting anew",
+                    output.display()
+                );
             }
             folder.clear()?;
             fsio::write_json(&path, manifest, 2)?;
@@ -108,7 +115,10 @@ impl WorkFolder {
         let folder = self.layer_folder(index);
         let report: LayerReport = fsio::read_json(folder.join(REPORT)).ok()?;
         let checkpoint = Checkpoint::open(&folder).ok()?;
-        let complete = plan.tensors.iter().all(|(name, info)| checkpoint.info(name) == Some(info));
+        let complete = plan
+            .tensors
+            .iter()
+            .all(|(name, info)| checkpoint.info(name) == Some(info));
         (complete && report.layer == index).then_some(report)
     }
 

@@ -17,8 +17,15 @@ impl<'a> View<'a> {
     /// # Panics
     /// If `data` is too short.
     pub fn new(data: &'a [f32], [rows, cols]: [usize; 2], row_stride: usize) -> Self {
-        let needed = if rows == 0 { 0 } else { (rows - 1) * row_stride + cols };
-        assert!(cols <= row_stride && needed <= data.len(), "invariant: the view lies in its slice");
+        let needed = if rows == 0 {
+            0
+        } else {
+            (rows - 1) * row_stride + cols
+        };
+        assert!(
+            cols <= row_stride && needed <= data.len(),
+            "invariant: the view lies in its slice"
+        );
         Self {
             data,
             rows,
@@ -50,7 +57,10 @@ pub fn product(out: &mut [f32], row_stride: usize, add: bool, lhs: View<'_>, rhs
     if m == 0 || n == 0 {
         return;
     }
-    assert!(n <= row_stride && (m - 1) * row_stride + n <= out.len(), "invariant: the product fits");
+    assert!(
+        n <= row_stride && (m - 1) * row_stride + n <= out.len(),
+        "invariant: the product fits"
+    );
     let alpha = if add { 1.0 } else { 0.0 };
     // SAFETY: both views were checked to lie in their slices for their strides, a transpose keeps that, the
     // destination was checked above, and the borrows make source and destination disjoint.
@@ -133,13 +143,17 @@ mod tests {
             );
             for i in 0..m {
                 for j in 0..n {
-                    let want: f64 = (0..k).map(|l| f64::from(a[i * k + l]) * f64::from(b[l * n + j])).sum();
+                    let want: f64 = (0..k)
+                        .map(|l| f64::from(a[i * k + l]) * f64::from(b[l * n + j]))
+                        .sum();
                     assert!((f64::from(out[i * n + j]) - 1.0 - want).abs() < 1e-4);
                 }
             }
             for i in 0..k {
                 for j in 0..k {
-                    let want: f64 = (0..m).map(|l| f64::from(a[l * k + i]) * f64::from(a[l * k + j])).sum();
+                    let want: f64 = (0..m)
+                        .map(|l| f64::from(a[l * k + i]) * f64::from(a[l * k + j]))
+                        .sum();
                     assert!((f64::from(transposed[i * k + j]) - want).abs() < 1e-4);
                 }
             }
@@ -152,8 +166,11 @@ mod tests {
             let (a, b) = (values(3 * cols, 3), values(3 * cols, 4));
             for (row, dot) in row_dots(&a, &b, cols).enumerate() {
                 let range = row * cols..(row + 1) * cols;
-                let want: f64 =
-                    a[range.clone()].iter().zip(&b[range]).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                let want: f64 = a[range.clone()]
+                    .iter()
+                    .zip(&b[range])
+                    .map(|(a, b)| f64::from(*a) * f64::from(*b))
+                    .sum();
                 assert!((dot - want).abs() < 1e-5 * cols as f64);
             }
         }

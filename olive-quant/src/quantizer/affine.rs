@@ -94,7 +94,10 @@ impl Affine {
     #[inline]
     pub fn grid_of_range(&self, low: f32, high: f32) -> Grid {
         let (low, high) = (low.min(0.0), high.max(0.0));
-        let range = self.arithmetic.round(high - low).max(self.arithmetic.round(MIN_RANGE));
+        let range = self
+            .arithmetic
+            .round(high - low)
+            .max(self.arithmetic.round(MIN_RANGE));
         let scale = f16::from_f32(range / self.levels).to_f32();
         let zero = (-round_even(self.arithmetic.round(low / scale))).clamp(0.0, self.levels);
         Grid { scale, zero }
@@ -110,7 +113,8 @@ impl Affine {
     /// The value of the grid nearest to `w`.
     #[inline]
     pub fn nearest(&self, grid: Grid, w: f32) -> f32 {
-        self.arithmetic.round((self.level(grid, w) - grid.zero) * grid.scale)
+        self.arithmetic
+            .round((self.level(grid, w) - grid.zero) * grid.scale)
     }
 
     /// Replaces the groups of a row by their nearest values on their own grids.
@@ -137,7 +141,9 @@ mod tests {
     #[test]
     fn both_signs_follow_the_formula_in_double_precision() {
         let group: Vec<f32> = (0..128).map(|i| ((i * 37 % 101) as f32 - 40.0) / 17.0).collect();
-        let (low, high) = group.iter().fold((0.0f32, 0.0f32), |(l, h), w| (l.min(*w), h.max(*w)));
+        let (low, high) = group
+            .iter()
+            .fold((0.0f32, 0.0f32), |(l, h), w| (l.min(*w), h.max(*w)));
         let scale = f64::from(f16::from_f32((high - low) / 15.0).to_f32());
         let zero = (-(f64::from(low) / scale).round_ties_even()).clamp(0.0, 15.0);
         for (w, got) in group.iter().zip(nearest(&group)) {
@@ -155,7 +161,11 @@ mod tests {
 
     #[test]
     fn one_sided_and_constant_groups_keep_their_values() {
-        for group in [vec![0.5f32; 32], vec![-3.0; 32], (0..32).map(|i| 5.0 + i as f32 / 100.0).collect()] {
+        for group in [
+            vec![0.5f32; 32],
+            vec![-3.0; 32],
+            (0..32).map(|i| 5.0 + i as f32 / 100.0).collect(),
+        ] {
             let largest = group.iter().fold(0.0f32, |m, w| m.max(w.abs()));
             for (w, got) in group.iter().zip(nearest(&group)) {
                 assert!((w - got).abs() <= largest / 15.0 * 0.51, "{w} became {got}");
@@ -172,6 +182,11 @@ mod tests {
     fn scales_are_what_half_precision_stores() {
         let grid = Affine::new(4, Arithmetic::Single).grid(&[-0.3, 0.7123]);
         assert_eq!(f16::from_f32(grid.scale).to_f32().to_bits(), grid.scale.to_bits());
-        assert!(Affine::new(4, Arithmetic::Single).grid(&[-1e6, 1e6]).scale.is_infinite());
+        assert!(
+            Affine::new(4, Arithmetic::Single)
+                .grid(&[-1e6, 1e6])
+                .scale
+                .is_infinite()
+        );
     }
 }

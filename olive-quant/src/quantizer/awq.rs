@@ -161,17 +161,15 @@ impl<'a> Awq<'a> {
         let [_, length, _] = x.dims();
         let tables = SequenceTables::new(self.spec, length, &device);
         let scaled = weights.placed_in(layer, &device);
-        let attention = |layer: &DecoderLayer<B>| {
-            layer.attention(layer.input_norm.forward(x.clone()), &tables)
-        };
+        let attention =
+            |layer: &DecoderLayer<B>| layer.attention(layer.input_norm.forward(x.clone()), &tables);
         let attended = attention(layer);
         let first = relative_error(attention(&scaled), attended.clone());
         let middle = x.clone() + attended;
         let mlp = |layer: &DecoderLayer<B>| layer.mlp(layer.post_attention_norm.forward(middle.clone()));
         let second = relative_error(mlp(&scaled), mlp(layer));
         for (error, half) in [(first, "attention"), (second, "MLP")] {
-            // Written so that a NaN fails.
-            if !(error <= PRESERVATION_TOLERANCE) {
+            if error.is_nan() || error > PRESERVATION_TOLERANCE {
                 return Err(Error::tensor(
                     format!("{half} of layer {}", weights.index),
                     format!("the same output after scaling, within {PRESERVATION_TOLERANCE:e}"),
@@ -185,7 +183,8 @@ impl<'a> Awq<'a> {
 
 fn first_tokens<B: Backend>(x: &Tensor<B, 3>) -> Tensor<B, 3> {
     let [_, length, hidden] = x.dims();
-    x.clone().slice([0..1, 0..length.min(PRESERVATION_TOKENS), 0..hidden])
+    x.clone()
+        .slice([0..1, 0..length.min(PRESERVATION_TOKENS), 0..hidden])
 }
 
 /// `‖a - b‖ / ‖b‖`.
@@ -193,10 +192,18 @@ fn relative_error<B: Backend>(a: Tensor<B, 3>, b: Tensor<B, 3>) -> f64 {
     let norm = |x: Tensor<B, 3>| {
         let values = x.into_data().convert::<f32>().into_vec::<f32>();
         let values = values.expect("invariant: converted to f32");
-        values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt()
+        values
+            .iter()
+            .map(|v| f64::from(*v) * f64::from(*v))
+            .sum::<f64>()
+            .sqrt()
     };
     let difference = norm(a - b.clone());
-    if difference == 0.0 { 0.0 } else { difference / norm(b) }
+    if difference == 0.0 {
+        0.0
+    } else {
+        difference / norm(b)
+    }
 }
 
 fn mapping_report(

@@ -21,11 +21,21 @@ pub fn quantize(
     let [rows, cols] = shape;
     if group_size == 0 || !cols.is_multiple_of(group_size) || weight.len() != rows * cols {
         let found = format!("groups of {group_size}, {} values", weight.len());
-        return Err(Error::tensor(name, format!("groups that divide {shape:?}"), found));
+        return Err(Error::tensor(
+            name,
+            format!("groups that divide {shape:?}"),
+            found,
+        ));
     }
     let groups = cols / group_size;
     let mut values = vec![0u8; rows * cols];
-    let mut grids = vec![Grid { scale: 0.0, zero: 0.0 }; rows * groups];
+    let mut grids = vec![
+        Grid {
+            scale: 0.0,
+            zero: 0.0
+        };
+        rows * groups
+    ];
     values
         .par_chunks_mut(group_size)
         .zip(&mut grids)

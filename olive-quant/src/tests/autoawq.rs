@@ -13,19 +13,24 @@ use crate::encode;
 use crate::layer::{LayerLinear, LayerWeights};
 use crate::options::QuantizeOptions;
 use crate::quantizer::affine::{Affine, Arithmetic};
+use crate::quantizer::awq::clip::{self, ClipSearch};
 use crate::quantizer::awq::mapping::{Mapping, mappings};
 use crate::quantizer::awq::scale::{self, Candidate};
 use crate::quantizer::awq::search::{BlockProbe, ScaleSearch};
 use crate::quantizer::awq::statistics::InputStatistics;
-use crate::quantizer::awq::clip::{self, ClipSearch};
 use crate::quantizer::rtn;
 
 const GROUP: usize = 128;
 /// AutoAWQ's clip search looks at every second of the 1024 tokens.
 const CLIP_STRIDE: usize = 2;
 /// Names of the linears in the order of the recorded clips; queries and keys are not clipped.
-const CLIPPED: [LinearRole; 5] =
-    [LinearRole::V, LinearRole::O, LinearRole::Gate, LinearRole::Up, LinearRole::Down];
+const CLIPPED: [LinearRole; 5] = [
+    LinearRole::V,
+    LinearRole::O,
+    LinearRole::Gate,
+    LinearRole::Up,
+    LinearRole::Down,
+];
 
 struct Golden {
     model: HfModel,
@@ -50,7 +55,12 @@ fn golden() -> Option<Golden> {
     let record: serde_json::Value = olive_core::fsio::read_json(folder.join("record.json")).unwrap();
     let searches = record["search"].as_array().unwrap();
     let numbers = |value: &serde_json::Value| -> Vec<f64> {
-        value.as_array().unwrap().iter().map(|n| n.as_f64().unwrap()).collect()
+        value
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|n| n.as_f64().unwrap())
+            .collect()
     };
     let file = folder.join("intermediates.safetensors");
     Some(Golden {
@@ -77,7 +87,12 @@ impl Golden {
     fn scaled(&self) -> LayerWeights {
         let mut layer = self.layer();
         for (index, mapping) in self.mappings().iter().enumerate() {
-            scale::apply(&mut layer, mapping, &self.tensor(&format!("m{index}.best_scales"))).unwrap();
+            scale::apply(
+                &mut layer,
+                mapping,
+                &self.tensor(&format!("m{index}.best_scales")),
+            )
+            .unwrap();
             let norms = [&mut layer.input_norm, &mut layer.post_attention_norm];
             let weights = layer.linears.iter_mut().map(|linear| &mut linear.weight);
             for value in weights.chain(norms).flatten() {
@@ -94,7 +109,12 @@ impl Golden {
     fn statistics(&self, name: &str, channels: usize, stride: usize) -> InputStatistics {
         let x = self.tensor(name);
         let mut statistics = InputStatistics::new(channels);
-        let rows: Vec<f32> = x.chunks_exact(channels).step_by(stride).flatten().copied().collect();
+        let rows: Vec<f32> = x
+            .chunks_exact(channels)
+            .step_by(stride)
+            .flatten()
+            .copied()
+            .collect();
         statistics.add(&rows);
         statistics.finish();
         statistics
@@ -121,12 +141,21 @@ fn with_recorded_scales_and_clips_the_packed_tensors_are_autoawqs_bytes() {
     let mut layer = golden.scaled();
     for (index, role) in CLIPPED.into_iter().enumerate() {
         let linear = layer.linear_mut(role).unwrap();
-        assert_eq!(linear.weight, golden.tensor(&format!("c{index}.w_in")), "{role:?} before the clip");
-        clip::apply(&mut linear.weight, linear.spec.in_features, &golden.tensor(&format!("c{index}.max")));
+        assert_eq!(
+            linear.weight,
+            golden.tensor(&format!("c{index}.w_in")),
+            "{role:?} before the clip"
+        );
+        clip::apply(
+            &mut linear.weight,
+            linear.spec.in_features,
+            &golden.tensor(&format!("c{index}.max")),
+        );
     }
     let affine = Affine::new(4, Arithmetic::Half);
     for linear in &layer.linears {
-        let matrix = rtn::quantize(&linear.spec.name, &linear.weight, linear.shape(), GROUP, &affine).unwrap();
+        let matrix =
+            rtn::quantize(&linear.spec.name, &linear.weight, linear.shape(), GROUP, &affine).unwrap();
         for (name, bytes) in encode::packed(&linear.spec.name, &matrix).unwrap() {
             assert_eq!(bytes, *golden.quantized.bytes(&name).unwrap(), "{name}");
         }
@@ -150,36 +179,62 @@ fn means_and_scales_are_those_that_were_recorded() {
         let affine = Affine::new(4, Arithmetic::Single);
         let search = ScaleSearch::new(mapping, &layer, &input, affine, &options);
         let argmin = arg_min(&golden.losses[index]);
-        let (_, scales) =
-            search.candidates().into_iter().find(|(c, _)| *c == Candidate::Ratio(argmin as f64 / 20.0)).unwrap();
+        let (_, scales) = search
+            .candidates()
+            .into_iter()
+            .find(|(c, _)| *c == Candidate::Ratio(argmin as f64 / 20.0))
+            .unwrap();
         let w_means = scale::weight_means(&search.linears, GROUP);
         for (name, got) in [
             ("x_mean", input.abs_means().iter().map(|m| *m as f32).collect()),
             ("w_mean", w_means.iter().map(|m| *m as f32).collect()),
             ("best_scales", scales),
         ] {
-            for (want, got) in golden.tensor(&format!("m{index}.{name}")).iter().zip::<Vec<f32>>(got) {
-                assert!((want - got).abs() <= TOLERANCE * want.abs(), "m{index}.{name}: {want} {got}");
+            for (want, got) in golden
+                .tensor(&format!("m{index}.{name}"))
+                .iter()
+                .zip::<Vec<f32>>(got)
+            {
+                assert!(
+                    (want - got).abs() <= TOLERANCE * want.abs(),
+                    "m{index}.{name}: {want} {got}"
+                );
             }
         }
     }
 }
 
 fn arg_min(losses: &[f64]) -> usize {
-    (0..losses.len()).min_by(|a, b| losses[*a].total_cmp(&losses[*b])).unwrap()
+    (0..losses.len())
+        .min_by(|a, b| losses[*a].total_cmp(&losses[*b]))
+        .unwrap()
 }
 
 /// Losses of the recorded ratios, by the linear's output or by the block's.
-fn losses(golden: &Golden, index: usize, probe: Option<&dyn BlockProbe>, input: &InputStatistics) -> Vec<f64> {
+fn losses(
+    golden: &Golden,
+    index: usize,
+    probe: Option<&dyn BlockProbe>,
+    input: &InputStatistics,
+) -> Vec<f64> {
     let (layer, options) = (golden.layer(), QuantizeOptions::default());
     let mapping = &golden.mappings()[index];
-    let search = ScaleSearch::new(mapping, &layer, input, Affine::new(4, Arithmetic::Single), &options);
+    let search = ScaleSearch::new(
+        mapping,
+        &layer,
+        input,
+        Affine::new(4, Arithmetic::Single),
+        &options,
+    );
     let candidates = search.candidates();
     let ratios = candidates.iter().skip(1);
     ratios
         .map(|(_, scales)| match probe {
             None => search.gram_loss(scales),
-            Some(probe) => probe.loss(search.rounded(scales), f64::INFINITY).unwrap().unwrap(),
+            Some(probe) => probe
+                .loss(search.rounded(scales), f64::INFINITY)
+                .unwrap()
+                .unwrap(),
         })
         .collect()
 }
@@ -192,7 +247,10 @@ fn compare_losses(ours: &[f64], recorded: &[f64], what: &str) {
         assert!((a / b - 1.0).abs() < TOLERANCE, "{what}, ratio {ratio}: {a} {b}");
     }
     let (best, theirs) = (arg_min(ours), arg_min(recorded));
-    assert!(recorded[best] <= recorded[theirs] * (1.0 + EXCESS), "{what}: {best} instead of {theirs}");
+    assert!(
+        recorded[best] <= recorded[theirs] * (1.0 + EXCESS),
+        "{what}: {best} instead of {theirs}"
+    );
 }
 
 #[test]
@@ -200,7 +258,11 @@ fn gram_losses_of_single_linears_follow_the_recorded_ones() {
     let Some(golden) = golden() else { return };
     for (index, channels) in [(1, 256), (3, 512)] {
         let input = golden.statistics(&format!("m{index}.x"), channels, 1);
-        compare_losses(&losses(&golden, index, None, &input), &golden.losses[index], &format!("m{index}"));
+        compare_losses(
+            &losses(&golden, index, None, &input),
+            &golden.losses[index],
+            &format!("m{index}"),
+        );
     }
 }
 
@@ -213,7 +275,11 @@ fn block_losses_of_qkv_and_gate_up_follow_the_recorded_ones() {
     let layer = DecoderLayer::load(golden.model.tensors(), golden.model.spec(), 0, &device).unwrap();
     for (half, index) in [(Half::Attention, 0), (Half::Mlp, 2)] {
         let (run, [input, _]) = hidden.run(half, &layer).unwrap();
-        compare_losses(&losses(&golden, index, Some(&run), &input), &golden.losses[index], &format!("{half:?}"));
+        compare_losses(
+            &losses(&golden, index, Some(&run), &input),
+            &golden.losses[index],
+            &format!("{half:?}"),
+        );
         let outputs = run.into_outputs();
         hidden.add(outputs);
     }
@@ -249,12 +315,22 @@ fn the_gram_loss_is_the_loss_over_the_tokens() {
     let (layer, options) = (golden.layer(), QuantizeOptions::default());
     let mapping = &golden.mappings()[3];
     let input = golden.statistics("m3.x", 512, 1);
-    let search = ScaleSearch::new(mapping, &layer, &input, Affine::new(4, Arithmetic::Single), &options);
+    let search = ScaleSearch::new(
+        mapping,
+        &layer,
+        &input,
+        Affine::new(4, Arithmetic::Single),
+        &options,
+    );
     let x = golden.tensor("m3.x");
     let (_, scales) = &search.candidates()[7];
     let (_, rounded) = &search.rounded(scales)[0];
     let weight = &of(&layer, LinearRole::Down).weight;
-    let delta: Vec<f64> = rounded.iter().zip(weight).map(|(a, b)| f64::from(*a) - f64::from(*b)).collect();
+    let delta: Vec<f64> = rounded
+        .iter()
+        .zip(weight)
+        .map(|(a, b)| f64::from(*a) - f64::from(*b))
+        .collect();
     let mut sum = 0.0;
     for x in x.chunks_exact(512) {
         for delta in delta.chunks_exact(512) {

@@ -17,14 +17,20 @@ use crate::{output, quantize};
 const FAMILIES: [&str; 5] = ["llama3-rope", "mistral", "phi3-partial", "qwen2", "qwen3"];
 
 fn family(name: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/families").join(name);
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/golden/families")
+        .join(name);
     assert!(folder.is_dir(), "{}", folder.display());
     folder
 }
 
 fn calibration() -> CalibrationSet {
     let sequence = |seed: u32, length: u32| (0..length).map(|i| (i * i + 7 * i * seed + seed) % 64).collect();
-    CalibrationSet::new((1..8).map(|seed| sequence(seed, if seed % 3 == 0 { 24 } else { 40 })).collect())
+    CalibrationSet::new(
+        (1..8)
+            .map(|seed| sequence(seed, if seed % 3 == 0 { 24 } else { 40 }))
+            .collect(),
+    )
 }
 
 fn options() -> QuantizeOptions {
@@ -36,13 +42,23 @@ fn options() -> QuantizeOptions {
 
 fn run(model: &Path, options: &QuantizeOptions, output: &Path) -> Result<QuantizeReport> {
     let model = HfModel::open(model)?;
-    quantize(&model, &calibration(), options, output, &NoProgress, &CancelToken::default())
+    quantize(
+        &model,
+        &calibration(),
+        options,
+        output,
+        &NoProgress,
+        &CancelToken::default(),
+    )
 }
 
 /// Every file below a folder, with its bytes.
 fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut found = Vec::new();
-    let mut entries: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut entries: Vec<_> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
     entries.sort();
     for path in entries {
         if path.is_dir() {
@@ -58,7 +74,10 @@ fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 fn model_bytes(output: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let folder = output.join(output::MODEL_FOLDER);
     let relative = |path: PathBuf| path.strip_prefix(&folder).unwrap().to_path_buf();
-    files(&folder).into_iter().map(|(path, bytes)| (relative(path), bytes)).collect()
+    files(&folder)
+        .into_iter()
+        .map(|(path, bytes)| (relative(path), bytes))
+        .collect()
 }
 
 #[test]
@@ -75,7 +94,11 @@ fn every_family_keeps_its_function_and_is_never_worse_than_rounding() {
                     assert!(mapping.loss <= mapping.loss_rtn, "{name} {}", mapping.name);
                 }
                 for linear in &layer.linears {
-                    assert!(linear.quantized && linear.weight_error < 0.3, "{name} {}", linear.name);
+                    assert!(
+                        linear.quantized && linear.weight_error < 0.3,
+                        "{name} {}",
+                        linear.name
+                    );
                     assert!(linear.clip.is_none_or(|clip| clip.gain >= 0.0));
                 }
             }
@@ -137,7 +160,11 @@ fn an_interrupted_run_goes_on_to_the_same_bytes() {
     assert!(!resumed.join("model").exists());
     // A layer without its report counts as unfinished, whatever else is there.
     std::fs::create_dir_all(resumed.join(WORK_FOLDER).join("layer-001")).unwrap();
-    std::fs::write(resumed.join(WORK_FOLDER).join("layer-001/model.safetensors"), b"half").unwrap();
+    std::fs::write(
+        resumed.join(WORK_FOLDER).join("layer-001/model.safetensors"),
+        b"half",
+    )
+    .unwrap();
     run(model.path(), &options(), resumed).unwrap();
     assert!(model_bytes(whole) == model_bytes(resumed));
     assert!(!resumed.join(WORK_FOLDER).exists());
@@ -167,8 +194,12 @@ fn the_number_of_threads_does_not_change_a_byte() {
     for name in ["phi3-partial", "qwen2"] {
         let results = [1, 2, 5].map(|threads| {
             let folder = tempfile::tempdir().unwrap();
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| run(&family(name), &options(), folder.path())).unwrap();
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
+            pool.install(|| run(&family(name), &options(), folder.path()))
+                .unwrap();
             model_bytes(folder.path())
         });
         assert!(results[0] == results[1] && results[1] == results[2], "{name}");
@@ -184,8 +215,14 @@ fn the_order_of_the_calibration_changes_rounding_at_most() {
             calibration.sequences.reverse();
         }
         let folder = tempfile::tempdir().unwrap();
-        let report =
-            quantize(&model, &calibration, &options(), folder.path(), &NoProgress, &CancelToken::default());
+        let report = quantize(
+            &model,
+            &calibration,
+            &options(),
+            folder.path(),
+            &NoProgress,
+            &CancelToken::default(),
+        );
         report.unwrap().totals.loss
     });
     assert!((losses[0] / losses[1] - 1.0).abs() < 1e-4, "{losses:?}");
@@ -201,11 +238,24 @@ fn rounding_to_nearest_needs_no_calibration_and_modules_can_stay_dense() {
         ..QuantizeOptions::rtn()
     };
     let none = CalibrationSet::default();
-    let report = quantize(&model, &none, &options, folder.path(), &NoProgress, &CancelToken::default()).unwrap();
+    let report = quantize(
+        &model,
+        &none,
+        &options,
+        folder.path(),
+        &NoProgress,
+        &CancelToken::default(),
+    )
+    .unwrap();
     assert_eq!(report.totals.quantized_linears, 2 * 6);
     let written = HfModel::open(folder.path()).unwrap();
     written.check_tensors().unwrap();
-    assert!(written.tensors().info("model.layers.0.mlp.down_proj.weight").is_some());
+    assert!(
+        written
+            .tensors()
+            .info("model.layers.0.mlp.down_proj.weight")
+            .is_some()
+    );
 }
 
 /// A copy of a family's folder with one tensor's bytes changed.
@@ -234,11 +284,23 @@ fn changed(name: &str, tensor: &str, change: impl Fn(&mut Vec<f32>)) -> tempfile
 fn weights_that_cannot_be_quantized_are_named_and_nothing_is_left() {
     let weight = "model.layers.1.mlp.up_proj.weight";
     let norm = "model.layers.1.input_layernorm.weight";
-    for (tensor, value) in [(weight, f32::NAN), (weight, f32::INFINITY), (norm, f32::NAN), (norm, 1e9)] {
+    for (tensor, value) in [
+        (weight, f32::NAN),
+        (weight, f32::INFINITY),
+        (norm, f32::NAN),
+        (norm, 1e9),
+    ] {
         let model = changed("mistral", tensor, |values| values[3] = value);
         let parent = tempfile::tempdir().unwrap();
         let output = parent.path().join("out");
-        let error = run(model.path(), &QuantizeOptions { algorithm: crate::Algorithm::Rtn, ..options() }, &output);
+        let error = run(
+            model.path(),
+            &QuantizeOptions {
+                algorithm: crate::Algorithm::Rtn,
+                ..options()
+            },
+            &output,
+        );
         let error = error.unwrap_err().to_string();
         assert!(error.contains(tensor), "{error}");
         assert!(!output.exists());
@@ -247,12 +309,22 @@ fn weights_that_cannot_be_quantized_are_named_and_nothing_is_left() {
 
 #[test]
 fn silent_channels_and_constant_groups_are_quantized_well() {
-    let zeroed = changed("mistral", "model.layers.0.input_layernorm.weight", |values| values[5] = 0.0);
-    let constant = changed("mistral", "model.layers.0.mlp.down_proj.weight", |values| values[..32].fill(0.25));
+    let zeroed = changed("mistral", "model.layers.0.input_layernorm.weight", |values| {
+        values[5] = 0.0
+    });
+    let constant = changed("mistral", "model.layers.0.mlp.down_proj.weight", |values| {
+        values[..32].fill(0.25)
+    });
     for model in [zeroed, constant] {
         let folder = tempfile::tempdir().unwrap();
         let report = run(model.path(), &options(), folder.path()).unwrap();
-        assert!(report.layers.iter().flat_map(|layer| &layer.linears).all(|linear| linear.weight_error < 0.3));
+        assert!(
+            report
+                .layers
+                .iter()
+                .flat_map(|layer| &layer.linears)
+                .all(|linear| linear.weight_error < 0.3)
+        );
     }
 }
 
@@ -269,13 +341,29 @@ fn wrong_requests_are_refused_before_anything_is_written() {
         group_size: 24,
         ..options()
     });
-    assert!(group.contains("group size 24") && group.contains("q_proj"), "{group}");
+    assert!(
+        group.contains("group size 24") && group.contains("q_proj"),
+        "{group}"
+    );
     assert!(refuse(QuantizeOptions { bits: 3, ..options() }).contains("`bits`"));
-    assert!(refuse(QuantizeOptions { zero_point: false, ..options() }).contains("`zero_point`"));
+    assert!(
+        refuse(QuantizeOptions {
+            zero_point: false,
+            ..options()
+        })
+        .contains("`zero_point`")
+    );
     let handle = HfModel::open(&model).unwrap();
     let beyond = CalibrationSet::new(vec![vec![1, 2, 96]]);
     for calibration in [CalibrationSet::default(), beyond] {
-        let error = quantize(&handle, &calibration, &options(), &output, &NoProgress, &CancelToken::default());
+        let error = quantize(
+            &handle,
+            &calibration,
+            &options(),
+            &output,
+            &NoProgress,
+            &CancelToken::default(),
+        );
         assert!(error.unwrap_err().to_string().contains("calibration"));
         assert!(!output.exists());
     }
@@ -319,6 +407,10 @@ fn the_passes_take_olives_parameters() {
         let result = pass.run(&model, &config, &context).unwrap();
         assert!(result.spec().is_quantized());
     }
-    let refused = PassConfig::new("t", Rtn.params(), &given(serde_json::json!({"group_size": 16, "sym": true})));
+    let refused = PassConfig::new(
+        "t",
+        Rtn.params(),
+        &given(serde_json::json!({"group_size": 16, "sym": true})),
+    );
     assert!(Rtn.check(&model, &refused.unwrap()).is_err());
 }

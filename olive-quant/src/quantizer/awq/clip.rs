@@ -123,7 +123,9 @@ impl ClipSearch<'_> {
 
     /// `Q(clamp(w)) - w` for every shrink, one after the other.
     fn fill_deltas(&self, group: &[f32], deltas: &mut [f32]) {
-        let (low, high) = group.iter().fold((0.0f32, 0.0f32), |(low, high), w| (low.min(*w), high.max(*w)));
+        let (low, high) = group
+            .iter()
+            .fold((0.0f32, 0.0f32), |(low, high), w| (low.min(*w), high.max(*w)));
         for (step, deltas) in deltas.chunks_exact_mut(group.len()).enumerate() {
             let most = self.limit(group, step);
             let grid = self.affine.grid_of_range(low.max(-most), high.min(most));
@@ -170,7 +172,13 @@ impl RowErrors {
             delta,
         };
         let gram = View::new(search.gram, [cols, cols], cols);
-        product(&mut state.product, cols, false, View::new(&state.delta, [rows, cols], cols), gram);
+        product(
+            &mut state.product,
+            cols,
+            false,
+            View::new(&state.delta, [rows, cols], cols),
+            gram,
+        );
         state
     }
 
@@ -193,7 +201,13 @@ impl RowErrors {
         let block = View::new(&search.gram[first * (cols + 1)..], [size, size], cols);
         // What the other groups contribute: (D H) without this group's own share.
         let mut share = vec![0.0; rows * size];
-        product(&mut share, size, false, View::new(&self.delta[first..], [rows, size], cols), block);
+        product(
+            &mut share,
+            size,
+            false,
+            View::new(&self.delta[first..], [rows, size], cols),
+            block,
+        );
         let mut change = vec![0.0f32; rows * size];
         for row in 0..rows {
             let index = group * rows + row;
@@ -219,7 +233,13 @@ impl RowErrors {
             chosen[index] = step;
         }
         let rows_of_group = View::new(&search.gram[first * cols..], [size, cols], cols);
-        product(&mut self.product, cols, true, View::new(&change, [rows, size], size), rows_of_group);
+        product(
+            &mut self.product,
+            cols,
+            true,
+            View::new(&change, [rows, size], size),
+            rows_of_group,
+        );
     }
 }
 
@@ -247,7 +267,9 @@ mod tests {
 
     fn values(n: usize, seed: u32) -> Vec<f32> {
         (0..n as u32)
-            .map(|i| ((i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) as f32 / 8_388_608.0 - 1.0).powi(3))
+            .map(|i| {
+                ((i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) as f32 / 8_388_608.0 - 1.0).powi(3)
+            })
             .collect()
     }
 
@@ -257,7 +279,9 @@ mod tests {
         for x in x.chunks_exact(cols) {
             for (w, q) in weight.chunks_exact(cols).zip(rounded.chunks_exact(cols)) {
                 let terms = x.iter().zip(w.iter().zip(q));
-                let y: f64 = terms.map(|(x, (w, q))| f64::from(*x) * (f64::from(*q) - f64::from(*w))).sum();
+                let y: f64 = terms
+                    .map(|(x, (w, q))| f64::from(*x) * (f64::from(*q) - f64::from(*w)))
+                    .sum();
                 sum += y * y;
             }
         }

@@ -69,7 +69,9 @@ impl HeadSharing {
 
     /// The scale of every channel.
     pub fn expand(self, scales: &[f32]) -> Vec<f32> {
-        (0..scales.len() * self.repeats).map(|channel| scales[self.scale_of(channel)]).collect()
+        (0..scales.len() * self.repeats)
+            .map(|channel| scales[self.scale_of(channel)])
+            .collect()
     }
 }
 
@@ -98,7 +100,13 @@ impl Mapping {
 /// The mappings of every layer of a model, in the order in which their scales are applied.
 pub fn mappings(spec: &ModelSpec) -> Vec<Mapping> {
     let roles: Vec<LinearRole> = spec.linears(0).into_iter().map(|linear| linear.role).collect();
-    let reading = |input| roles.iter().copied().filter(move |role| LinearInput::of(*role) == input).collect();
+    let reading = |input| {
+        roles
+            .iter()
+            .copied()
+            .filter(move |role| LinearInput::of(*role) == input)
+            .collect()
+    };
     let last = |candidates: [LinearRole; 2]| {
         let role = candidates.into_iter().find(|role| roles.contains(role));
         Producer::LastRows(role.expect("invariant: a layer stores v and up, fused or split"))
@@ -115,7 +123,12 @@ pub fn mappings(spec: &ModelSpec) -> Vec<Mapping> {
         sharing,
     };
     vec![
-        mapping("input_layernorm -> q, k, v", Producer::InputNorm, LinearInput::Attention, own),
+        mapping(
+            "input_layernorm -> q, k, v",
+            Producer::InputNorm,
+            LinearInput::Attention,
+            own,
+        ),
         mapping(
             "v -> o",
             last([LinearRole::Qkv, LinearRole::V]),
@@ -131,7 +144,12 @@ pub fn mappings(spec: &ModelSpec) -> Vec<Mapping> {
             LinearInput::Mlp,
             own,
         ),
-        mapping("up -> down", last([LinearRole::GateUp, LinearRole::Up]), LinearInput::Down, own),
+        mapping(
+            "up -> down",
+            last([LinearRole::GateUp, LinearRole::Up]),
+            LinearInput::Down,
+            own,
+        ),
     ]
 }
 
@@ -148,6 +166,9 @@ mod tests {
         };
         let channels = [1.0, 2.0, 3.0, 4.0, 10.0, 20.0, 30.0, 40.0];
         assert_eq!(sharing.reduce(&channels), [2.0, 3.0, 20.0, 30.0]);
-        assert_eq!(sharing.expand(&[1.0, 2.0, 3.0, 4.0]), [1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0]);
+        assert_eq!(
+            sharing.expand(&[1.0, 2.0, 3.0, 4.0]),
+            [1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0]
+        );
     }
 }

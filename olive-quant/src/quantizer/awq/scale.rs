@@ -66,7 +66,9 @@ pub fn candidate_scales(candidate: Candidate, x_means: &[f64], w_means: &[f64], 
     let (low, high) = raw
         .iter()
         .filter(|s| s.is_finite())
-        .fold((f64::INFINITY, 0.0f64), |(low, high), s| (low.min(*s), high.max(*s)));
+        .fold((f64::INFINITY, 0.0f64), |(low, high), s| {
+            (low.min(*s), high.max(*s))
+        });
     let middle = (low * high).sqrt();
     raw.iter()
         .map(|s| (s / middle) as f32)
@@ -147,8 +149,12 @@ mod tests {
     fn scales_are_centred_and_silent_channels_are_harmless() {
         for duo in [true, false] {
             for candidate in grid(20, duo) {
-                let scales = candidate_scales(candidate, &[0.0, 0.5, 8.0, f64::NAN], &[0.0, 0.3, 0.2, 0.1], duo);
-                assert!(scales.iter().all(|s| s.is_finite() && *s > 0.0), "{candidate:?} {scales:?}");
+                let scales =
+                    candidate_scales(candidate, &[0.0, 0.5, 8.0, f64::NAN], &[0.0, 0.3, 0.2, 0.1], duo);
+                assert!(
+                    scales.iter().all(|s| s.is_finite() && *s > 0.0),
+                    "{candidate:?} {scales:?}"
+                );
             }
         }
         let scales = candidate_scales(Candidate::Ratio(0.5), &[1.0, 4.0, 16.0], &[0.25; 3], true);

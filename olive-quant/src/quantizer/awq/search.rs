@@ -90,7 +90,11 @@ impl<'a> ScaleSearch<'a> {
             input,
             affine,
             options,
-            linears: mapping.roles.iter().filter_map(|role| layer.linear(*role)).collect(),
+            linears: mapping
+                .roles
+                .iter()
+                .filter_map(|role| layer.linear(*role))
+                .collect(),
         }
     }
 
@@ -100,8 +104,10 @@ impl<'a> ScaleSearch<'a> {
     /// [`Error::NotFinite`] if plain rounding has no finite loss; those of `probe`.
     pub fn run(&self, probe: &dyn BlockProbe) -> Result<Choice> {
         let candidates = self.candidates();
-        let gram_losses: Vec<f64> =
-            candidates.iter().map(|(_, scales)| self.gram_loss(scales)).collect();
+        let gram_losses: Vec<f64> = candidates
+            .iter()
+            .map(|(_, scales)| self.gram_loss(scales))
+            .collect();
         let by_output = self.mapping.is_nonlinear() && self.options.search != Search::Fast;
         let losses = if by_output {
             self.output_losses(&candidates, &gram_losses, probe)?
@@ -111,7 +117,10 @@ impl<'a> ScaleSearch<'a> {
         let finite = |loss: &Option<f64>| loss.filter(|loss| loss.is_finite());
         let Some(loss_identity) = losses.first().and_then(finite) else {
             return Err(Error::NotFinite {
-                what: format!("the loss of rounding `{}` ({})", self.linears[0].spec.name, self.mapping.name),
+                what: format!(
+                    "the loss of rounding `{}` ({})",
+                    self.linears[0].spec.name, self.mapping.name
+                ),
                 found: 1,
             });
         };
@@ -129,8 +138,16 @@ impl<'a> ScaleSearch<'a> {
             candidate: *candidate,
             loss_identity,
             loss: best.1,
-            measure: if by_output { Measure::BlockOutput } else { Measure::LinearOutput },
-            tried: candidates.iter().map(|(candidate, _)| *candidate).zip(losses).collect(),
+            measure: if by_output {
+                Measure::BlockOutput
+            } else {
+                Measure::LinearOutput
+            },
+            tried: candidates
+                .iter()
+                .map(|(candidate, _)| *candidate)
+                .zip(losses)
+                .collect(),
         })
     }
 
@@ -153,7 +170,11 @@ impl<'a> ScaleSearch<'a> {
     /// Mean squared difference of the linears' outputs: `tr(D H Dᵀ) / (tokens · outputs)`.
     pub fn gram_loss(&self, scales: &[f32]) -> f64 {
         let outputs: usize = self.linears.iter().map(|linear| linear.spec.out_features).sum();
-        let sum: f64 = self.linears.iter().map(|linear| self.gram_error(linear, scales)).sum();
+        let sum: f64 = self
+            .linears
+            .iter()
+            .map(|linear| self.gram_error(linear, scales))
+            .sum();
         sum / (self.input.tokens() * outputs) as f64
     }
 
@@ -175,7 +196,13 @@ impl<'a> ScaleSearch<'a> {
                 }
                 let mut products = vec![0.0; delta.len()];
                 let rows = delta.len() / cols;
-                product(&mut products, cols, false, View::new(&delta, [rows, cols], cols), gram);
+                product(
+                    &mut products,
+                    cols,
+                    false,
+                    View::new(&delta, [rows, cols], cols),
+                    gram,
+                );
                 row_dots(&products, &delta, cols).sum::<f64>()
             })
             .collect();

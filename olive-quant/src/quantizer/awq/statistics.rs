@@ -40,14 +40,17 @@ impl InputStatistics {
                 *sum += f64::from(value.abs());
             }
         }
-        self.gram.par_chunks_mut(channels * BLOCK).enumerate().for_each(|(block, out)| {
-            let first = block * BLOCK;
-            let height = out.len() / channels;
-            let left = View::new(&x[first..], [rows, height], channels);
-            // The upper triangle of blocks; the rest is mirrored at the end.
-            let right = View::new(&x[first..], [rows, channels - first], channels);
-            product(&mut out[first..], channels, true, left.transposed(), right);
-        });
+        self.gram
+            .par_chunks_mut(channels * BLOCK)
+            .enumerate()
+            .for_each(|(block, out)| {
+                let first = block * BLOCK;
+                let height = out.len() / channels;
+                let left = View::new(&x[first..], [rows, height], channels);
+                // The upper triangle of blocks; the rest is mirrored at the end.
+                let right = View::new(&x[first..], [rows, channels - first], channels);
+                product(&mut out[first..], channels, true, left.transposed(), right);
+            });
         self.tokens += rows;
     }
 
@@ -73,7 +76,10 @@ impl InputStatistics {
 
     /// Mean of `|x|` in each channel.
     pub fn abs_means(&self) -> Vec<f64> {
-        self.abs_sums.iter().map(|sum| sum / self.tokens.max(1) as f64).collect()
+        self.abs_sums
+            .iter()
+            .map(|sum| sum / self.tokens.max(1) as f64)
+            .collect()
     }
 
     /// `H [channels, channels]`, once finished.
@@ -84,11 +90,14 @@ impl InputStatistics {
     /// Makes them those of the same input with its channels divided by `scales`.
     pub fn divide_by(&mut self, scales: &[f32]) {
         let n = self.channels;
-        self.gram.par_chunks_exact_mut(n).zip(scales).for_each(|(row, own)| {
-            for (value, scale) in row.iter_mut().zip(scales) {
-                *value = (f64::from(*value) / (f64::from(*own) * f64::from(*scale))) as f32;
-            }
-        });
+        self.gram
+            .par_chunks_exact_mut(n)
+            .zip(scales)
+            .for_each(|(row, own)| {
+                for (value, scale) in row.iter_mut().zip(scales) {
+                    *value = (f64::from(*value) / (f64::from(*own) * f64::from(*scale))) as f32;
+                }
+            });
         for (sum, scale) in self.abs_sums.iter_mut().zip(scales) {
             *sum /= f64::from(*scale);
         }
@@ -134,7 +143,11 @@ mod tests {
         let (tokens, channels) = (64, 32);
         let x = inputs(tokens, channels);
         let scales: Vec<f32> = (0..channels).map(|c| 0.5 + c as f32 / 10.0).collect();
-        let divided: Vec<f32> = x.iter().enumerate().map(|(i, v)| v / scales[i % channels]).collect();
+        let divided: Vec<f32> = x
+            .iter()
+            .enumerate()
+            .map(|(i, v)| v / scales[i % channels])
+            .collect();
         let statistics = |x: &[f32]| {
             let mut statistics = InputStatistics::new(channels);
             statistics.add(x);

@@ -4,6 +4,7 @@
 
 mod adapters;
 mod building;
+mod families;
 mod golden;
 mod hostile;
 mod packed;

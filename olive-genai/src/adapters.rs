@@ -25,7 +25,10 @@ pub(crate) struct Adapter {
 impl Adapters {
     /// No adapters yet.
     pub fn new(model: &Model) -> Self {
-        Self { model: model.clone(), loaded: BTreeMap::new() }
+        Self {
+            model: model.clone(),
+            loaded: BTreeMap::new(),
+        }
     }
 
     /// Loads an `.onnx_adapter` file under a name. Modules may have different ranks.
@@ -35,20 +38,35 @@ impl Adapters {
     /// not take, with another type or other sizes, or without its other half.
     pub fn load(&mut self, path: impl AsRef<Path>, name: &str) -> Result<()> {
         if self.loaded.contains_key(name) {
-            return Err(Error::config("adapters", name, "a new name", "an adapter that is loaded"));
+            return Err(Error::config(
+                "adapters",
+                name,
+                "a new name",
+                "an adapter that is loaded",
+            ));
         }
         let file = read_adapter(path.as_ref())?;
         let info = self.model.info();
         if info.optional_inputs.is_empty() {
             let what = format!("an adapter for `{}`", self.model.folder().display());
-            return Err(Error::unsupported(what, "the graph has no optional inputs for adapters"));
+            return Err(Error::unsupported(
+                what,
+                "the graph has no optional inputs for adapters",
+            ));
         }
         let mut values = Vec::new();
         for tensor in &file.parameters {
-            let input = info.optional_inputs.iter().find(|input| input.name == tensor.name);
+            let input = info
+                .optional_inputs
+                .iter()
+                .find(|input| input.name == tensor.name);
             let index = self.model.inner.plan.override_index(&tensor.name);
             let (Some(input), Some(index)) = (input, index) else {
-                return Err(Error::tensor(&tensor.name, "the name of an optional input of the graph", nearest(info, tensor)));
+                return Err(Error::tensor(
+                    &tensor.name,
+                    "the name of an optional input of the graph",
+                    nearest(info, tensor),
+                ));
             };
             check_tensor(input, tensor)?;
             values.push((index, Value::from_ir(tensor)?));
@@ -79,7 +97,12 @@ impl Adapters {
     /// The adapter of this name.
     pub(crate) fn get(&self, model: &Model, name: &str) -> Result<Arc<Adapter>> {
         if !Arc::ptr_eq(&self.model.inner, &model.inner) {
-            return Err(Error::config("adapters", name, "an adapter loaded for this model", "one of another model"));
+            return Err(Error::config(
+                "adapters",
+                name,
+                "an adapter loaded for this model",
+                "one of another model",
+            ));
         }
         self.loaded.get(name).cloned().ok_or_else(|| self.unknown(name))
     }
@@ -107,7 +130,11 @@ fn check_tensor(input: &ValueInfo, tensor: &Tensor) -> Result<()> {
         return Ok(());
     }
     let found = format!("{}{:?}", tensor.dtype(), tensor.shape());
-    Err(Error::tensor(&tensor.name, format!("what the graph takes, `{input}`"), found))
+    Err(Error::tensor(
+        &tensor.name,
+        format!("what the graph takes, `{input}`"),
+        found,
+    ))
 }
 
 fn check_pair(a_name: &str, a: Option<&Tensor>, b_name: &str, b: Option<&Tensor>) -> Result<()> {
@@ -118,9 +145,21 @@ fn check_pair(a_name: &str, a: Option<&Tensor>, b_name: &str, b: Option<&Tensor>
             if rank_a == rank_b {
                 return Ok(());
             }
-            Err(Error::tensor(b_name, format!("the rank of `{a_name}`, {rank_a:?}"), format!("{rank_b:?}")))
+            Err(Error::tensor(
+                b_name,
+                format!("the rank of `{a_name}`, {rank_a:?}"),
+                format!("{rank_b:?}"),
+            ))
         }
-        (Some(_), None) => Err(Error::tensor(b_name, format!("a tensor that goes with `{a_name}`"), "none")),
-        (None, Some(_)) => Err(Error::tensor(a_name, format!("a tensor that goes with `{b_name}`"), "none")),
+        (Some(_), None) => Err(Error::tensor(
+            b_name,
+            format!("a tensor that goes with `{a_name}`"),
+            "none",
+        )),
+        (None, Some(_)) => Err(Error::tensor(
+            a_name,
+            format!("a tensor that goes with `{b_name}`"),
+            "none",
+        )),
     }
 }

@@ -26,7 +26,10 @@ pub struct GenaiConfig {
 /// `model`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs, reason = "the keys of the file; the format's own description says what they mean")]
+#[allow(
+    missing_docs,
+    reason = "the keys of the file; the format's own description says what they mean"
+)]
 pub struct ModelSection {
     #[serde(rename = "type")]
     pub kind: String,
@@ -85,7 +88,10 @@ pub struct ModelSection {
 /// `model.decoder`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs, reason = "the keys of the file; the format's own description says what they mean")]
+#[allow(
+    missing_docs,
+    reason = "the keys of the file; the format's own description says what they mean"
+)]
 pub struct DecoderSection {
     #[serde(default)]
     pub filename: String,
@@ -185,7 +191,11 @@ impl GenaiConfig {
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("genai_config.json");
         if !path.is_file() {
-            return Err(Error::file(path, "the description of a model folder", "no such file"));
+            return Err(Error::file(
+                path,
+                "the description of a model folder",
+                "no such file",
+            ));
         }
         let mut config: Self = fsio::read_json(&path)?;
         config.check(&path.display().to_string())?;
@@ -201,13 +211,23 @@ impl GenaiConfig {
         }
         let model = &mut self.model;
         if model.context_length == 0 {
-            return Err(Error::config(origin, "model.context_length", "a number above 0", "0"));
+            return Err(Error::config(
+                origin,
+                "model.context_length",
+                "a number above 0",
+                "0",
+            ));
         }
-        for (section, given, known) in
-            [("inputs", &model.decoder.inputs, &INPUTS[..]), ("outputs", &model.decoder.outputs, &OUTPUTS[..])]
-        {
+        for (section, given, known) in [
+            ("inputs", &model.decoder.inputs, &INPUTS[..]),
+            ("outputs", &model.decoder.outputs, &OUTPUTS[..]),
+        ] {
             if let Some(key) = given.keys().find(|key| !known.contains(&key.as_str())) {
-                return Err(Error::unknown_key(origin, format!("model.decoder.{section}.{key}"), known.iter().copied()));
+                return Err(Error::unknown_key(
+                    origin,
+                    format!("model.decoder.{section}.{key}"),
+                    known.iter().copied(),
+                ));
             }
         }
         let filled = |value: &Value| match value {
@@ -228,7 +248,10 @@ impl GenaiConfig {
         ];
         if let Some((name, _)) = parts.into_iter().find(|(_, value)| filled(value)) {
             let what = format!("`model.{name}` of {origin}");
-            return Err(Error::unsupported(what, "the runtime runs single decoders of text"));
+            return Err(Error::unsupported(
+                what,
+                "the runtime runs single decoders of text",
+            ));
         }
         if model.eos_token_id.is_empty() {
             model.eos_token_id = vec![model.pad_token_id];
@@ -254,14 +277,22 @@ impl GenaiConfig {
         set(&mut names.past_key, decoder.inputs.get("past_key_names"));
         set(&mut names.past_value, decoder.inputs.get("past_value_names"));
         set(&mut names.present_key, decoder.outputs.get("present_key_names"));
-        set(&mut names.present_value, decoder.outputs.get("present_value_names"));
+        set(
+            &mut names.present_value,
+            decoder.outputs.get("present_value_names"),
+        );
         set(&mut names.logits, decoder.outputs.get("logits"));
         names
     }
 
     /// `intra_op_num_threads`, if it is set.
     pub fn threads(&self) -> Option<usize> {
-        let threads = self.model.decoder.session_options.get("intra_op_num_threads")?.as_u64()?;
+        let threads = self
+            .model
+            .decoder
+            .session_options
+            .get("intra_op_num_threads")?
+            .as_u64()?;
         usize::try_from(threads).ok().filter(|threads| *threads > 0)
     }
 }
@@ -296,8 +327,16 @@ mod tests {
             ("\"top_k\"", "\"topk\"", "unknown field `topk`"),
             ("64", "0", "context_length"),
             ("\"search\"", "\"serch\": {}, \"search\"", "did you mean `search`"),
-            ("\"filename\"", "\"inputs\": {\"input_idz\": \"a\"}, \"filename\"", "did you mean `input_ids`"),
-            ("\"decoder\"", "\"vision\": {\"filename\": \"v.onnx\"}, \"decoder\"", "`model.vision`"),
+            (
+                "\"filename\"",
+                "\"inputs\": {\"input_idz\": \"a\"}, \"filename\"",
+                "did you mean `input_ids`",
+            ),
+            (
+                "\"decoder\"",
+                "\"vision\": {\"filename\": \"v.onnx\"}, \"decoder\"",
+                "`model.vision`",
+            ),
             ("\"top_k\": 7", "\"top_k\": 101", "top_k"),
             ("\"top_k\": 7", "\"top_p\": 1.5", "top_p"),
             ("\"top_k\": 7", "\"max_length\": 65", "max_length"),

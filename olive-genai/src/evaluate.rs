@@ -47,7 +47,12 @@ pub fn perplexity<'b>(
             return Err(Error::Cancelled);
         }
         if block.len() < 2 {
-            return Err(Error::config("evaluate", "block", "at least 2 tokens", block.len().to_string()));
+            return Err(Error::config(
+                "evaluate",
+                "block",
+                "at least 2 tokens",
+                block.len().to_string(),
+            ));
         }
         sum += evaluation.block(block)?;
         tokens += block.len() - 1;
@@ -55,13 +60,26 @@ pub fn perplexity<'b>(
         report(count);
     }
     if count == 0 {
-        return Err(Error::config("evaluate", "data", "at least one block of tokens", "none"));
+        return Err(Error::config(
+            "evaluate",
+            "data",
+            "at least one block of tokens",
+            "none",
+        ));
     }
     let loss = sum / tokens as f64;
     if !loss.is_finite() {
-        return Err(Error::NotFinite { what: "the loss".into(), found: 1 });
+        return Err(Error::NotFinite {
+            what: "the loss".into(),
+            found: 1,
+        });
     }
-    Ok(Perplexity { perplexity: loss.exp(), loss, tokens, blocks: count })
+    Ok(Perplexity {
+        perplexity: loss.exp(),
+        loss,
+        tokens,
+        blocks: count,
+    })
 }
 
 struct Evaluation {
@@ -92,18 +110,31 @@ impl Evaluation {
         while done + 1 < ids.len() {
             let end = (done + self.chunk).min(ids.len() - 1);
             let tokens = &ids[done..end];
-            let input = RunInput { tokens, steps: tokens.len(), totals: &[end], planned: ids.len() };
+            let input = RunInput {
+                tokens,
+                steps: tokens.len(),
+                totals: &[end],
+                planned: ids.len(),
+            };
             let (workspace, overrides) = (&mut self.workspace, &self.overrides);
             let plan = &self.model.inner.plan;
-            let run = self.model.install(|| plan.run(workspace, &mut cache, overrides, input, LogitRows::All));
+            let run = self
+                .model
+                .install(|| plan.run(workspace, &mut cache, overrides, input, LogitRows::All));
             let (logits, vocabulary) = run?;
             if logits.len() != tokens.len() * vocabulary {
                 let what = "a graph that computes only the last token's logits";
                 return Err(Error::unsupported(what, "perplexity needs those of every token"));
             }
             for (scores, next) in logits.chunks_exact(vocabulary).zip(&block[done + 1..=end]) {
-                sum += negative_log_probability(scores, *next as usize)
-                    .ok_or_else(|| Error::config("evaluate", "tokens", format!("ids below {vocabulary}"), next.to_string()))?;
+                sum += negative_log_probability(scores, *next as usize).ok_or_else(|| {
+                    Error::config(
+                        "evaluate",
+                        "tokens",
+                        format!("ids below {vocabulary}"),
+                        next.to_string(),
+                    )
+                })?;
             }
             crate::exec::Plan::recycle(&mut self.workspace, logits);
             done = end;

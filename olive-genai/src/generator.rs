@@ -68,7 +68,12 @@ impl Generator {
             }
             Err(_) => {
                 let found = options.random_seed.to_string();
-                return Err(Error::config("search options", "random_seed", "-1 or 0 to 4294967295", found));
+                return Err(Error::config(
+                    "search options",
+                    "random_seed",
+                    "-1 or 0 to 4294967295",
+                    found,
+                ));
             }
         };
         let mut generator = Self {
@@ -108,27 +113,44 @@ impl Generator {
     fn push_tokens(&mut self, ids: &[u32]) -> Result<()> {
         let options = &self.params.options;
         let (batch, beams) = (options.batch_size, options.num_beams);
-        let fail = |expected: String, found: String| Err(Error::config("generator", "tokens", expected, found));
+        let fail =
+            |expected: String, found: String| Err(Error::config("generator", "tokens", expected, found));
         if ids.is_empty() || !ids.len().is_multiple_of(batch) {
-            return fail(format!("a number of tokens that fills {batch} row(s)"), ids.len().to_string());
+            return fail(
+                format!("a number of tokens that fills {batch} row(s)"),
+                ids.len().to_string(),
+            );
         }
         let width = ids.len() / batch;
         let length = self.token_count();
         if length > 0 && (batch > 1 || beams > 1) {
-            return fail("one prompt for a batch or for beams".into(), "a second one".into());
+            return fail(
+                "one prompt for a batch or for beams".into(),
+                "a second one".into(),
+            );
         }
         if length + width > self.params.max_length() {
             let found = format!("{length} and {width} more");
-            return fail(format!("at most `max_length` ({}) tokens", self.params.max_length()), found);
+            return fail(
+                format!("at most `max_length` ({}) tokens", self.params.max_length()),
+                found,
+            );
         }
         let vocabulary = self.model.config().model.vocab_size;
-        if let Some(id) = ids.iter().find(|id| vocabulary > 0 && **id as usize >= vocabulary) {
+        if let Some(id) = ids
+            .iter()
+            .find(|id| vocabulary > 0 && **id as usize >= vocabulary)
+        {
             return fail(format!("ids below {vocabulary}"), id.to_string());
         }
         let pad = self.model.config().model.pad_token_id;
         for row in 0..batch * beams {
             let tokens = &ids[row / beams * width..(row / beams + 1) * width];
-            let padding = tokens.iter().rev().take_while(|id| batch > 1 && **id == pad).count();
+            let padding = tokens
+                .iter()
+                .rev()
+                .take_while(|id| batch > 1 && **id == pad)
+                .count();
             let kept = (width - padding).max(1);
             self.sequences[row].extend_from_slice(tokens);
             self.rows[row].extend(tokens[..kept].iter().map(|id| i64::from(*id)));
@@ -148,7 +170,12 @@ impl Generator {
     /// [`Error::Config`] without a prompt or after the end; errors of the graph.
     pub fn generate_next_token(&mut self) -> Result<()> {
         if self.is_done() {
-            return Err(Error::config("generator", "generate_next_token", "a sequence that goes on", "one that is done"));
+            return Err(Error::config(
+                "generator",
+                "generate_next_token",
+                "a sequence that goes on",
+                "one that is done",
+            ));
         }
         self.compute_logits()?;
         let logits = self.logits.take().unwrap_or_default();
@@ -237,14 +264,22 @@ impl Generator {
         let options = &self.params.options;
         let count = options.batch_size * options.num_return_sequences;
         if index >= count {
-            return Err(Error::config("generator", "sequence", format!("an index below {count}"), index.to_string()));
+            return Err(Error::config(
+                "generator",
+                "sequence",
+                format!("an index below {count}"),
+                index.to_string(),
+            ));
         }
         let Some(beam) = &self.beam else {
             return Ok(self.sequences[index].clone());
         };
         let each = options.num_return_sequences;
         let best = beam.best(index / each, &self.sequences, each);
-        Ok(best.get(index % each).map(|finished| finished.tokens.clone()).unwrap_or_default())
+        Ok(best
+            .get(index % each)
+            .map(|finished| finished.tokens.clone())
+            .unwrap_or_default())
     }
 
     /// Tokens of a row, prompt and padding included.
@@ -268,7 +303,12 @@ impl Generator {
     pub fn set_logits(&mut self, logits: &[f32]) -> Result<()> {
         let wanted = self.get_logits()?.len();
         if logits.len() != wanted {
-            return Err(Error::config("generator", "logits", format!("{wanted} values"), logits.len().to_string()));
+            return Err(Error::config(
+                "generator",
+                "logits",
+                format!("{wanted} values"),
+                logits.len().to_string(),
+            ));
         }
         self.logits = Some(logits.to_vec());
         Ok(())
@@ -279,9 +319,19 @@ impl Generator {
     /// # Errors
     /// [`Error::Config`] if there are fewer tokens, or for a batch or beams with `length` other than 0.
     pub fn rewind_to(&mut self, length: usize) -> Result<()> {
-        let fail = |expected: String| Err(Error::config("generator", "rewind_to", expected, length.to_string()));
+        let fail = |expected: String| {
+            Err(Error::config(
+                "generator",
+                "rewind_to",
+                expected,
+                length.to_string(),
+            ))
+        };
         if length > self.token_count() {
-            return fail(format!("at most the {} tokens that there are", self.token_count()));
+            return fail(format!(
+                "at most the {} tokens that there are",
+                self.token_count()
+            ));
         }
         if length > 0 && self.sequences.len() > 1 {
             return fail("0 for a batch or beams".into());
@@ -290,7 +340,12 @@ impl Generator {
             sequence.truncate(length);
             row.truncate(length);
         }
-        let lengths: Vec<usize> = self.cache.lengths().iter().map(|l| (*l).min(length.saturating_sub(1))).collect();
+        let lengths: Vec<usize> = self
+            .cache
+            .lengths()
+            .iter()
+            .map(|l| (*l).min(length.saturating_sub(1)))
+            .collect();
         self.cache.set_lengths(&lengths);
         if let Some(beam) = &mut self.beam {
             *beam = BeamSearch::new(self.params.options.batch_size, &self.params.options);

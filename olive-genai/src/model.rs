@@ -50,7 +50,12 @@ impl Model {
         if layers != 0 && layers != plan.info().layers {
             let origin = path.join("genai_config.json").display().to_string();
             let expected = format!("{}, the layers of the graph", plan.info().layers);
-            return Err(Error::config(origin, "model.decoder.num_hidden_layers", expected, layers.to_string()));
+            return Err(Error::config(
+                origin,
+                "model.decoder.num_hidden_layers",
+                expected,
+                layers.to_string(),
+            ));
         }
         let pool = match threads.or(config.threads()) {
             None => None,
@@ -60,7 +65,15 @@ impl Model {
             }
         };
         let load_seconds = start.elapsed().as_secs_f64();
-        Ok(Self { inner: Arc::new(Loaded { folder: path, config, plan, pool, load_seconds }) })
+        Ok(Self {
+            inner: Arc::new(Loaded {
+                folder: path,
+                config,
+                plan,
+                pool,
+                load_seconds,
+            }),
+        })
     }
 
     /// The folder that holds the graph.
@@ -99,6 +112,9 @@ impl Model {
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Model").field("folder", &self.inner.folder).field("info", self.info()).finish()
+        f.debug_struct("Model")
+            .field("folder", &self.inner.folder)
+            .field("info", self.info())
+            .finish()
     }
 }

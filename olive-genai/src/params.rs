@@ -141,7 +141,8 @@ impl SearchOptions {
     /// # Errors
     /// [`Error::Config`] that names the first option that cannot be.
     pub fn check(&self, origin: &str, context_length: usize, vocab_size: usize) -> Result<()> {
-        let fail = |key: &str, expected: String, found: String| Err(Error::config(origin, key, expected, found));
+        let fail =
+            |key: &str, expected: String, found: String| Err(Error::config(origin, key, expected, found));
         if self.max_length > context_length {
             let expected = format!("at most the model's context of {context_length}");
             return fail("max_length", expected, self.max_length.to_string());
@@ -154,7 +155,11 @@ impl SearchOptions {
         }
         if self.num_return_sequences == 0 || self.num_return_sequences > self.num_beams {
             let expected = format!("1 to `num_beams` ({})", self.num_beams);
-            return fail("num_return_sequences", expected, self.num_return_sequences.to_string());
+            return fail(
+                "num_return_sequences",
+                expected,
+                self.num_return_sequences.to_string(),
+            );
         }
         if vocab_size > 0 && self.top_k > vocab_size {
             let expected = format!("at most the vocabulary's {vocab_size}");
@@ -164,16 +169,28 @@ impl SearchOptions {
             return fail("top_p", "0 to 1".into(), self.top_p.to_string());
         }
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
-            return fail("temperature", "a number from 0 on".into(), self.temperature.to_string());
+            return fail(
+                "temperature",
+                "a number from 0 on".into(),
+                self.temperature.to_string(),
+            );
         }
         if !(self.repetition_penalty > 0.0 && self.repetition_penalty.is_finite()) {
-            return fail("repetition_penalty", "a number above 0".into(), self.repetition_penalty.to_string());
+            return fail(
+                "repetition_penalty",
+                "a number above 0".into(),
+                self.repetition_penalty.to_string(),
+            );
         }
         if self.chunk_size == Some(0) {
             return fail("chunk_size", "a number above 0".into(), "0".into());
         }
         if self.do_sample && self.num_beams > 1 {
-            return fail("do_sample", "false together with `num_beams`".into(), "true".into());
+            return fail(
+                "do_sample",
+                "false together with `num_beams`".into(),
+                "true".into(),
+            );
         }
         Ok(())
     }
@@ -208,7 +225,9 @@ impl SearchValue {
     }
 
     fn count(self) -> Option<usize> {
-        self.number().filter(|v| *v >= 0.0 && v.fract() == 0.0 && *v <= 4e9).map(|v| v as usize)
+        self.number()
+            .filter(|v| *v >= 0.0 && v.fract() == 0.0 && *v <= 4e9)
+            .map(|v| v as usize)
     }
 }
 
@@ -321,12 +340,17 @@ impl GeneratorParams {
     /// # Errors
     /// [`Error::Config`] with the option's name.
     pub fn check(&self) -> Result<()> {
-        self.options.check(&self.origin, self.context_length, self.vocab_size)
+        self.options
+            .check(&self.origin, self.context_length, self.vocab_size)
     }
 
     /// The length at which generation ends.
     pub(crate) fn max_length(&self) -> usize {
-        if self.options.max_length == 0 { self.context_length } else { self.options.max_length }
+        if self.options.max_length == 0 {
+            self.context_length
+        } else {
+            self.options.max_length
+        }
     }
 }
 
@@ -341,9 +365,15 @@ mod tests {
             options.set(name, SearchValue::Number(1.0)).unwrap();
         }
         assert!(options.do_sample && options.early_stopping && options.chunk_size == Some(1));
-        let error = options.set("topk", SearchValue::Number(1.0)).unwrap_err().to_string();
+        let error = options
+            .set("topk", SearchValue::Number(1.0))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("did you mean `top_k`"), "{error}");
-        let error = options.set("top_k", SearchValue::Number(1.5)).unwrap_err().to_string();
+        let error = options
+            .set("top_k", SearchValue::Number(1.5))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("`top_k`") && error.contains("whole"), "{error}");
         assert!(options.set("temperature", SearchValue::Bool(true)).is_err());
         assert!(options.set("do_sample", "false".parse().unwrap()).is_ok());

@@ -97,6 +97,8 @@ pub fn generate(
 pub fn peak_memory_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kilobytes = line.and_then(|line| line.trim().strip_suffix("kB")).and_then(|n| n.trim().parse::<u64>().ok());
+    let kilobytes = line
+        .and_then(|line| line.trim().strip_suffix("kB"))
+        .and_then(|n| n.trim().parse::<u64>().ok());
     kilobytes.unwrap_or(0) * 1024
 }

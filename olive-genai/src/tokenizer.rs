@@ -65,7 +65,10 @@ impl Tokenizer {
             let missing = width - row.len();
             row.into_iter().chain(std::iter::repeat_n(self.pad, missing))
         };
-        Ok(TokenBatch { ids: rows.into_iter().flat_map(pad).collect(), width })
+        Ok(TokenBatch {
+            ids: rows.into_iter().flat_map(pad).collect(),
+            width,
+        })
     }
 
     /// The text of token ids, without special tokens.
@@ -98,7 +101,11 @@ impl Tokenizer {
 
     /// A decoder that takes one token at a time.
     pub fn stream(&self) -> TokenizerStream {
-        TokenizerStream { tokenizer: self.clone(), ids: Vec::new(), said: 0 }
+        TokenizerStream {
+            tokenizer: self.clone(),
+            ids: Vec::new(),
+            said: 0,
+        }
     }
 
     /// A conversation, a list of `{"role", "content"}`, as the text that the model was trained on: by the folder's chat
@@ -113,7 +120,13 @@ impl Tokenizer {
         tools: Option<&Value>,
         add_generation_prompt: bool,
     ) -> Result<String> {
-        self.inner.render_chat(&ChatInputs { messages, tools, add_generation_prompt, template, extra: None })
+        self.inner.render_chat(&ChatInputs {
+            messages,
+            tools,
+            add_generation_prompt,
+            template,
+            extra: None,
+        })
     }
 
     /// The tokenizer beneath, with special tokens under control.

@@ -7,8 +7,10 @@ use olive_genai::{Adapters, FinishReason, Generator, GeneratorParams, Model, Tok
 use serde_json::Value;
 
 fn shared(path: &str) -> Option<PathBuf> {
-    let root = std::env::var_os("OLIVE_SHARED")
-        .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared"), PathBuf::from);
+    let root = std::env::var_os("OLIVE_SHARED").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared"),
+        PathBuf::from,
+    );
     let path = root.join(path);
     if !path.exists() {
         eprintln!("SKIPPED: `{}` is not there", path.display());
@@ -18,7 +20,12 @@ fn shared(path: &str) -> Option<PathBuf> {
 }
 
 fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|id| id.as_u64().unwrap() as u32)
+        .collect()
 }
 
 fn greedy(model: &Model, set: impl Fn(&mut GeneratorParams)) -> GeneratorParams {
@@ -39,15 +46,22 @@ fn answer(generator: &mut Generator) -> Vec<u32> {
 }
 
 fn check_folder(name: &str, tolerance: f32) {
-    let Some(folder) = shared(&format!("golden/genai/{name}")) else { return };
+    let Some(folder) = shared(&format!("golden/genai/{name}")) else {
+        return;
+    };
     let recorded: Value =
-        serde_json::from_str(&std::fs::read_to_string(folder.with_extension("greedy.json")).unwrap()).unwrap();
+        serde_json::from_str(&std::fs::read_to_string(folder.with_extension("greedy.json")).unwrap())
+            .unwrap();
     let model = Model::open(&folder).unwrap();
     let tokenizer = Tokenizer::new(&model).unwrap();
     for (kind, prompt) in recorded["prompts"].as_object().unwrap() {
         let text = prompt["text"].as_str().unwrap();
         let (prompt_ids, want) = (ids(&prompt["ids"]), ids(&prompt["tokens"]));
-        assert_eq!(tokenizer.encode(text).unwrap(), ids(&prompt["hf_ids_no_special"]), "{name} {kind}");
+        assert_eq!(
+            tokenizer.encode(text).unwrap(),
+            ids(&prompt["hf_ids_no_special"]),
+            "{name} {kind}"
+        );
         let params = greedy(&model, |p| {
             p.set("max_length", prompt_ids.len() + want.len()).unwrap();
         });
@@ -55,11 +69,18 @@ fn check_folder(name: &str, tolerance: f32) {
         generator.append_tokens(&prompt_ids).unwrap();
         let logits = generator.get_logits().unwrap();
         let first = prompt["first_logits"].as_array().unwrap();
-        let worst = logits.iter().zip(first).map(|(a, b)| (a - b.as_f64().unwrap() as f32).abs()).fold(0.0, f32::max);
+        let worst = logits
+            .iter()
+            .zip(first)
+            .map(|(a, b)| (a - b.as_f64().unwrap() as f32).abs())
+            .fold(0.0, f32::max);
         eprintln!("{name} {kind}: first logits differ by at most {worst:e}");
         assert!(worst <= tolerance, "{name} {kind}: {worst}");
         assert_eq!(answer(&mut generator), want, "{name} {kind}");
-        assert_eq!(generator.token_count(), prompt["sequence_len"].as_u64().unwrap() as usize);
+        assert_eq!(
+            generator.token_count(),
+            prompt["sequence_len"].as_u64().unwrap() as usize
+        );
     }
 }
 
@@ -95,17 +116,27 @@ fn qwen2_int4() {
 
 #[test]
 fn an_inactive_adapter_is_the_base_and_an_active_one_is_not() {
-    let (Some(base), Some(folder)) = (shared("golden/genai/llama/fp32-cpu"), shared("golden/genai/llama/fp32-cpu-adapters"))
-    else {
+    let (Some(base), Some(folder)) = (
+        shared("golden/genai/llama/fp32-cpu"),
+        shared("golden/genai/llama/fp32-cpu-adapters"),
+    ) else {
         return;
     };
     let base = Model::open(base).unwrap();
     let model = Model::open(&folder).unwrap();
     let mut adapters = Adapters::new(&model);
-    adapters.load(folder.join("adapter_weights.onnx_adapter"), "travel").unwrap();
+    adapters
+        .load(folder.join("adapter_weights.onnx_adapter"), "travel")
+        .unwrap();
     // Made by Olive's convert-adapters, with names that the builder's graphs do not have.
-    let error = adapters.load(folder.join("../poem.onnx_adapter"), "poem").unwrap_err().to_string();
-    assert!(error.contains("lora_A.weight") && error.contains("did you mean"), "{error}");
+    let error = adapters
+        .load(folder.join("../poem.onnx_adapter"), "poem")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("lora_A.weight") && error.contains("did you mean"),
+        "{error}"
+    );
     assert_eq!(adapters.names().collect::<Vec<_>>(), ["travel"]);
     let prompt = [5, 17, 300, 42, 8];
     let logits = |model: &Model, adapter: Option<&str>| {
@@ -120,15 +151,30 @@ fn an_inactive_adapter_is_the_base_and_an_active_one_is_not() {
     let plain = logits(&base, None);
     assert!(differ(&plain, &logits(&model, None)) < 1e-5);
     assert!(differ(&plain, &logits(&model, Some("travel"))) > 1e-3);
-    assert!(adapters.load(folder.join("adapter_weights.onnx_adapter"), "travel").is_err());
+    assert!(
+        adapters
+            .load(folder.join("adapter_weights.onnx_adapter"), "travel")
+            .is_err()
+    );
     adapters.unload("travel").unwrap();
     assert!(adapters.unload("travel").is_err());
-    assert!(Adapters::new(&base).load(folder.join("adapter_weights.onnx_adapter"), "x").is_err());
+    assert!(
+        Adapters::new(&base)
+            .load(folder.join("adapter_weights.onnx_adapter"), "x")
+            .is_err()
+    );
 }
 
 fn models() -> Vec<Model> {
-    let names = ["llama/fp32-cpu", "llama/int4-cpu", "phi3/fp32-cpu", "qwen2/int4-cpu"];
-    let folders = names.into_iter().filter_map(|name| shared(&format!("golden/genai/{name}")));
+    let names = [
+        "llama/fp32-cpu",
+        "llama/int4-cpu",
+        "phi3/fp32-cpu",
+        "qwen2/int4-cpu",
+    ];
+    let folders = names
+        .into_iter()
+        .filter_map(|name| shared(&format!("golden/genai/{name}")));
     folders.map(|folder| Model::open(folder).unwrap()).collect()
 }
 
@@ -174,7 +220,10 @@ fn appending_rewinding_and_chunks_equal_a_fresh_run() {
         params.set("max_length", 60).unwrap();
         let mut older = Generator::new(&model, params.set_input_ids(&PROMPT)).unwrap();
         older.compute_logits().unwrap();
-        assert_eq!(older.tokens().take(8).collect::<Result<Vec<_>, _>>().unwrap(), continued[12..].iter().copied().take(8).collect::<Vec<_>>());
+        assert_eq!(
+            older.tokens().take(8).collect::<Result<Vec<_>, _>>().unwrap(),
+            continued[12..].iter().copied().take(8).collect::<Vec<_>>()
+        );
     }
 }
 
@@ -198,7 +247,11 @@ fn padded_rows_answer_as_they_do_alone() {
             p.set("max_length", 22).unwrap().set("batch_size", 3).unwrap();
         });
         let mut generator = Generator::new(&model, &params).unwrap();
-        let padded = rows.iter().flat_map(|row| row.iter().copied().chain(std::iter::repeat_n(pad, 12 - row.len())));
+        let padded = rows.iter().flat_map(|row| {
+            row.iter()
+                .copied()
+                .chain(std::iter::repeat_n(pad, 12 - row.len()))
+        });
         generator.append_tokens(&padded.collect::<Vec<_>>()).unwrap();
         let mut together = vec![Vec::new(); 3];
         while !generator.is_done() {
@@ -216,15 +269,28 @@ fn padded_rows_answer_as_they_do_alone() {
 
 #[test]
 fn threads_and_seeds_decide_nothing_else() {
-    let Some(folder) = shared("golden/genai/llama/int4-cpu") else { return };
+    let Some(folder) = shared("golden/genai/llama/int4-cpu") else {
+        return;
+    };
     let run = |threads: usize, seed: usize| {
         let model = Model::open_with_threads(&folder, Some(threads)).unwrap();
         let mut params = GeneratorParams::new(&model);
-        params.set("do_sample", true).unwrap().set("random_seed", seed).unwrap().set("max_length", 300).unwrap();
+        params
+            .set("do_sample", true)
+            .unwrap()
+            .set("random_seed", seed)
+            .unwrap()
+            .set("max_length", 300)
+            .unwrap();
         params.set("min_length", 300).unwrap();
         let mut generator = Generator::new(&model, &params).unwrap();
         generator.append_tokens(&PROMPT.repeat(10)).unwrap();
-        let bits: Vec<u32> = generator.get_logits().unwrap().iter().map(|v| v.to_bits()).collect();
+        let bits: Vec<u32> = generator
+            .get_logits()
+            .unwrap()
+            .iter()
+            .map(|v| v.to_bits())
+            .collect();
         (bits, answer(&mut generator))
     };
     let one = run(1, 7);
@@ -235,7 +301,9 @@ fn threads_and_seeds_decide_nothing_else() {
 
 #[test]
 fn crossing_the_rope_border_computes_again() {
-    let Some(folder) = shared("golden/genai/phi3/fp32-cpu") else { return };
+    let Some(folder) = shared("golden/genai/phi3/fp32-cpu") else {
+        return;
+    };
     let model = Model::open(folder).unwrap();
     let border = model.info().rope_threshold.unwrap();
     assert_eq!(border, 128);
@@ -250,9 +318,12 @@ fn crossing_the_rope_border_computes_again() {
     near(whole.get_logits().unwrap(), grown.get_logits().unwrap());
     grown.rewind_to(120).unwrap();
     near(&short, grown.get_logits().unwrap());
-    let mut chunked = Generator::new(&model, &greedy(&model, |p| {
-        p.set("chunk_size", 50).unwrap();
-    }))
+    let mut chunked = Generator::new(
+        &model,
+        &greedy(&model, |p| {
+            p.set("chunk_size", 50).unwrap();
+        }),
+    )
     .unwrap();
     chunked.append_tokens(&ids).unwrap();
     near(whole.get_logits().unwrap(), chunked.get_logits().unwrap());
@@ -262,14 +333,22 @@ fn crossing_the_rope_border_computes_again() {
 fn one_beam_of_many_is_no_worse_than_greedy() {
     for model in models() {
         let params = greedy(&model, |p| {
-            p.set("max_length", 20).unwrap().set("num_beams", 4).unwrap().set("num_return_sequences", 2).unwrap();
+            p.set("max_length", 20)
+                .unwrap()
+                .set("num_beams", 4)
+                .unwrap()
+                .set("num_return_sequences", 2)
+                .unwrap();
         });
         let mut generator = Generator::new(&model, &params).unwrap();
         generator.append_tokens(&PROMPT).unwrap();
         while !generator.is_done() {
             generator.generate_next_token().unwrap();
         }
-        let (first, second) = (generator.get_sequence(0).unwrap(), generator.get_sequence(1).unwrap());
+        let (first, second) = (
+            generator.get_sequence(0).unwrap(),
+            generator.get_sequence(1).unwrap(),
+        );
         assert!(first.starts_with(&PROMPT) && second.starts_with(&PROMPT) && first != second);
         assert!(generator.get_sequence(2).is_err());
     }
@@ -279,12 +358,19 @@ fn one_beam_of_many_is_no_worse_than_greedy() {
 fn pieces_of_a_stream_join_to_the_text() {
     for model in models() {
         let tokenizer = Tokenizer::new(&model).unwrap();
-        for text in ["Käyttö: 日本語のモデル — naïve café 🙂 test", " two  spaces\n\n and lines", "🙂🙂"] {
+        for text in [
+            "Käyttö: 日本語のモデル — naïve café 🙂 test",
+            " two  spaces\n\n and lines",
+            "🙂🙂",
+        ] {
             let ids = tokenizer.encode(text).unwrap();
             let mut stream = tokenizer.stream();
             let mut pieces: Vec<String> = ids.iter().map(|id| stream.decode(*id).unwrap()).collect();
             pieces.push(stream.finish().unwrap());
-            assert!(pieces.iter().all(|piece| !piece.contains('\u{fffd}')), "{pieces:?}");
+            assert!(
+                pieces.iter().all(|piece| !piece.contains('\u{fffd}')),
+                "{pieces:?}"
+            );
             assert_eq!(pieces.concat(), tokenizer.decode(&ids).unwrap());
         }
     }
@@ -306,7 +392,10 @@ fn reasons_to_end_and_wrong_calls() {
         logits[model.config().model.eos_token_id[0] as usize] = 1.0;
         generator.set_logits(&logits).unwrap();
         generator.generate_next_token().unwrap();
-        assert_eq!((generator.finish_reason(), generator.token_count()), (Some(FinishReason::Stop), 12));
+        assert_eq!(
+            (generator.finish_reason(), generator.token_count()),
+            (Some(FinishReason::Stop), 12)
+        );
         assert!(generator.generate_next_token().is_err());
         generator.rewind_to(12).unwrap();
         generator.generate_next_token().unwrap();
@@ -321,9 +410,15 @@ fn reasons_to_end_and_wrong_calls() {
 #[ignore = "measures, checks nothing"]
 fn speed() {
     let folder = std::env::var_os("OLIVE_SPEED").map(PathBuf::from);
-    let Some(folder) = folder.or_else(|| shared("golden/genai/llama/int4-cpu")) else { return };
+    let Some(folder) = folder.or_else(|| shared("golden/genai/llama/int4-cpu")) else {
+        return;
+    };
     let model = Model::open(&folder).unwrap();
     let ids: Vec<u32> = (0..64).map(|i| 3 + i * 37 % 900).collect();
     let latency = olive_genai::latency(&model, &ids, 64, 3).unwrap();
-    eprintln!("{}: {latency:?}, loaded in {} s", folder.display(), model.load_seconds());
+    eprintln!(
+        "{}: {latency:?}, loaded in {} s",
+        folder.display(),
+        model.load_seconds()
+    );
 }

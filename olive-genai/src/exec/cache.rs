@@ -52,7 +52,10 @@ impl KvCache {
 
     /// Bytes that it takes.
     pub fn bytes(&self) -> usize {
-        self.layers.iter().map(|l| (l.keys.len() + l.values.len()) * size_of::<f32>()).sum()
+        self.layers
+            .iter()
+            .map(|l| (l.keys.len() + l.values.len()) * size_of::<f32>())
+            .sum()
     }
 
     /// Row `b` becomes a copy of what row `sources[b]` was.
@@ -61,7 +64,10 @@ impl KvCache {
             let Some(shape) = layer.shape else { continue };
             let row = shape.heads * layer.capacity * shape.head_size;
             for data in [&mut layer.keys, &mut layer.values] {
-                *data = sources.iter().flat_map(|s| data[s * row..(s + 1) * row].iter().copied()).collect();
+                *data = sources
+                    .iter()
+                    .flat_map(|s| data[s * row..(s + 1) * row].iter().copied())
+                    .collect();
             }
         }
         self.lengths = sources.iter().map(|s| self.lengths[*s]).collect();
@@ -85,15 +91,24 @@ impl KvCache {
         let known = self.layers.len();
         let layer = self.layers.get_mut(index);
         let layer = layer.ok_or_else(|| {
-            Error::unsupported(format!("layer {index} of the cache"), format!("there are {known} layers"))
+            Error::unsupported(
+                format!("layer {index} of the cache"),
+                format!("there are {known} layers"),
+            )
         })?;
         if layer.shape.is_some_and(|known| known != shape) {
             let what = format!("layer {index} of the cache changing its sizes");
-            return Err(Error::unsupported(what, format!("{:?} became {shape:?}", layer.shape)));
+            return Err(Error::unsupported(
+                what,
+                format!("{:?} became {shape:?}", layer.shape),
+            ));
         }
         layer.shape = Some(shape);
         if tokens > layer.capacity {
-            let capacity = tokens.max(layer.capacity * 2).max(FIRST_CAPACITY).min(self.limit.max(tokens));
+            let capacity = tokens
+                .max(layer.capacity * 2)
+                .max(FIRST_CAPACITY)
+                .min(self.limit.max(tokens));
             let old = layer.capacity * shape.head_size;
             let new = capacity * shape.head_size;
             for data in [&mut layer.keys, &mut layer.values] {
@@ -118,7 +133,10 @@ mod tests {
     #[test]
     fn growing_keeps_what_was_written_and_the_limit_holds() {
         let mut cache = KvCache::new(1, 2, 100);
-        let shape = LayerShape { heads: 2, head_size: 3 };
+        let shape = LayerShape {
+            heads: 2,
+            head_size: 3,
+        };
         let (keys, _, capacity) = cache.layer(0, shape, 10).unwrap();
         assert_eq!(capacity, FIRST_CAPACITY);
         for h in 0..4 {
@@ -133,6 +151,17 @@ mod tests {
         assert_eq!(keys[2 * capacity * 3 + 27], 3.0);
         assert!(cache.layer(0, shape, 101).is_err());
         assert!(cache.layer(1, shape, 1).is_err());
-        assert!(cache.layer(0, LayerShape { heads: 1, head_size: 3 }, 1).is_err());
+        assert!(
+            cache
+                .layer(
+                    0,
+                    LayerShape {
+                        heads: 1,
+                        head_size: 3
+                    },
+                    1
+                )
+                .is_err()
+        );
     }
 }

@@ -87,7 +87,9 @@ impl OpContext<'_, '_> {
     pub fn value(&self, i: usize) -> Result<&Value> {
         let found = match self.inputs.get(i).copied().unwrap_or(Source::Absent) {
             Source::Slot(slot) => self.state.slots[slot].as_ref(),
-            Source::Constant(c) => self.state.overrides[c].as_ref().or(Some(&self.state.constants[c])),
+            Source::Constant(c) => self.state.overrides[c]
+                .as_ref()
+                .or(Some(&self.state.constants[c])),
             Source::Absent | Source::Cache(_) => None,
         };
         found.ok_or_else(|| self.wrong(i, "a value", "none"))
@@ -104,7 +106,9 @@ impl OpContext<'_, '_> {
     /// Input `i`, which must be integers.
     pub fn ints(&self, i: usize) -> Result<Vec<i64>> {
         let value = self.value(i)?;
-        value.to_i64().ok_or_else(|| self.wrong(i, "integers", value.type_name()))
+        value
+            .to_i64()
+            .ok_or_else(|| self.wrong(i, "integers", value.type_name()))
     }
 
     /// The buffer of input `i` if nothing reads it after this step and it may be written to.
@@ -112,7 +116,12 @@ impl OpContext<'_, '_> {
         let Some(Source::Slot(slot)) = self.inputs.get(i).copied() else {
             return None;
         };
-        let again = self.inputs.iter().filter(|source| **source == Source::Slot(slot)).count() > 1;
+        let again = self
+            .inputs
+            .iter()
+            .filter(|source| **source == Source::Slot(slot))
+            .count()
+            > 1;
         let usable = matches!(&self.state.slots[slot], Some(Value::F32(tensor)) if tensor.is_owned());
         if again || !self.dying[i] || !usable {
             return None;
@@ -126,8 +135,16 @@ impl OpContext<'_, '_> {
     /// Input `i`: moved if this is its last use, else cloned.
     pub fn take(&mut self, i: usize) -> Result<Value> {
         if let Some(Source::Slot(slot)) = self.inputs.get(i).copied() {
-            let again = self.inputs.iter().filter(|source| **source == Source::Slot(slot)).count() > 1;
-            if self.dying[i] && !again && let Some(value) = self.state.slots[slot].take() {
+            let again = self
+                .inputs
+                .iter()
+                .filter(|source| **source == Source::Slot(slot))
+                .count()
+                > 1;
+            if self.dying[i]
+                && !again
+                && let Some(value) = self.state.slots[slot].take()
+            {
                 return Ok(value);
             }
         }

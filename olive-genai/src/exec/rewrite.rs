@@ -19,7 +19,12 @@ pub fn rewrite(graph: &Graph) -> Vec<Node> {
         .flat_map(|(i, node)| node.outputs.iter().map(move |name| (name.as_str(), i)))
         .collect();
     let optional: HashSet<&str> = graph.optional_inputs().map(|input| input.name.as_str()).collect();
-    let view = View { graph, uses, made_by, optional };
+    let view = View {
+        graph,
+        uses,
+        made_by,
+        optional,
+    };
     let mut replaced: HashMap<usize, Node> = HashMap::new();
     let mut gone = HashSet::new();
     for (i, node) in graph.nodes.iter().enumerate() {
@@ -29,7 +34,9 @@ pub fn rewrite(graph: &Graph) -> Vec<Node> {
         }
     }
     let nodes = graph.nodes.iter().enumerate().filter(|(i, _)| !gone.contains(i));
-    nodes.map(|(i, node)| replaced.remove(&i).unwrap_or_else(|| node.clone())).collect()
+    nodes
+        .map(|(i, node)| replaced.remove(&i).unwrap_or_else(|| node.clone()))
+        .collect()
 }
 
 /// How often each value is read, by nodes, by nodes of their branches, and as an output.
@@ -102,7 +109,10 @@ impl<'g> View<'g> {
         }
         let (index, transpose) = self.sole_producer(node.input(0)?, "Transpose")?;
         let weight = transpose.input(0)?;
-        let is_matrix = self.graph.initializer(weight).is_some_and(|w| w.shape().len() == 2);
+        let is_matrix = self
+            .graph
+            .initializer(weight)
+            .is_some_and(|w| w.shape().len() == 2);
         let swaps = transpose.ints("perm").ok()?.is_none_or(|order| order == [1, 0]);
         if !is_matrix || !swaps || self.optional.contains(weight) {
             return None;

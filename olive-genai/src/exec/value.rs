@@ -27,19 +27,28 @@ impl<T: Pod> Tensor<T> {
     pub fn new(shape: impl Into<Vec<usize>>, data: Vec<T>) -> Self {
         let shape = shape.into();
         debug_assert_eq!(shape.iter().product::<usize>(), data.len());
-        Self { shape, buffer: Buffer::Owned(data) }
+        Self {
+            shape,
+            buffer: Buffer::Owned(data),
+        }
     }
 
     /// An array that many may hold.
     pub fn shared(shape: impl Into<Vec<usize>>, data: Vec<T>) -> Self {
-        Self { shape: shape.into(), buffer: Buffer::Shared(data.into()) }
+        Self {
+            shape: shape.into(),
+            buffer: Buffer::Shared(data.into()),
+        }
     }
 
     /// The tensor's bytes in place if they are aligned.
     fn mapped(tensor: &ir::Tensor) -> Option<Self> {
         let bytes = tensor.borrowed()?;
         bytemuck::try_cast_slice::<u8, T>(bytes).ok()?;
-        Some(Self { shape: tensor.shape().to_vec(), buffer: Buffer::Mapped(tensor.clone()) })
+        Some(Self {
+            shape: tensor.shape().to_vec(),
+            buffer: Buffer::Mapped(tensor.clone()),
+        })
     }
 
     /// The sizes, outermost first.
@@ -58,7 +67,10 @@ impl<T: Pod> Tensor<T> {
 
     /// The same values under other sizes.
     pub fn reshaped(mut self, shape: Vec<usize>) -> Self {
-        debug_assert_eq!(shape.iter().product::<usize>(), self.shape.iter().product::<usize>());
+        debug_assert_eq!(
+            shape.iter().product::<usize>(),
+            self.shape.iter().product::<usize>()
+        );
         self.shape = shape;
         self
     }
@@ -171,7 +183,11 @@ impl Value {
     /// The same value, cheap to clone.
     pub fn into_shared(self) -> Self {
         fn share<T: Pod>(t: Tensor<T>) -> Tensor<T> {
-            if t.is_owned() { Tensor::shared(t.shape.clone(), t.into_vec()) } else { t }
+            if t.is_owned() {
+                Tensor::shared(t.shape.clone(), t.into_vec())
+            } else {
+                t
+            }
         }
         match self {
             Self::F32(t) => Self::F32(share(t)),

@@ -27,8 +27,18 @@ impl Generator {
         };
         loop {
             let past = self.cache.lengths().to_vec();
-            let steps = totals.iter().zip(&past).map(|(total, past)| total - past).max().unwrap_or(0).min(limit);
-            let until: Vec<usize> = totals.iter().zip(&past).map(|(total, past)| (past + steps).min(*total)).collect();
+            let steps = totals
+                .iter()
+                .zip(&past)
+                .map(|(total, past)| total - past)
+                .max()
+                .unwrap_or(0)
+                .min(limit);
+            let until: Vec<usize> = totals
+                .iter()
+                .zip(&past)
+                .map(|(total, past)| (past + steps).min(*total))
+                .collect();
             let last = until == totals;
             let logits = self.run(&past, &until, steps, planned)?;
             if last {
@@ -46,7 +56,12 @@ impl Generator {
             tokens.extend_from_slice(&row[*from..*to]);
             tokens.extend(std::iter::repeat_n(pad, steps - (to - from)));
         }
-        let input = RunInput { tokens: &tokens, steps, totals: until, planned };
+        let input = RunInput {
+            tokens: &tokens,
+            steps,
+            totals: until,
+            planned,
+        };
         let model = self.model.clone();
         let (workspace, cache, overrides) = (&mut self.workspace, &mut self.cache, &self.overrides);
         let plan = &model.inner.plan;

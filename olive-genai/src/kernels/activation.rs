@@ -4,6 +4,8 @@
 //! neighbouring 4-bit elements, so for 4 bits the even elements of a unit come first, then the odd ones. A unit has 16
 //! *lanes*; a lane is the elements of four packed bytes, the piece that one 32-bit sum of a vector holds.
 
+use super::isa::{isa, multiversion};
+
 /// Lanes of a unit.
 pub const LANES: usize = 16;
 
@@ -40,15 +42,34 @@ impl QuantActivations {
             negative_sums: vec![0; rows * units * LANES],
             scales: vec![0.0; rows * units * LANES],
         };
-        for (r, row) in values.chunks_exact(k.max(1)).enumerate() {
-            let quantized = &mut this.values[r * units * unit..(r + 1) * units * unit];
-            let scales = &mut this.scales[r * units * LANES..(r + 1) * units * LANES];
-            quantize_row(row, quantized, scales, bits, block);
-            let sums = &mut this.negative_sums[r * units * LANES..(r + 1) * units * LANES];
-            sum_lanes(quantized, sums, bits);
+        let isa = isa();
+        let rows = values
+            .chunks_exact(k.max(1))
+            .zip(this.values.chunks_exact_mut((units * unit).max(1)));
+        let lanes = (units * LANES).max(1);
+        let lanes = this
+            .scales
+            .chunks_exact_mut(lanes)
+            .zip(this.negative_sums.chunks_exact_mut(lanes));
+        for ((row, quantized), (scales, sums)) in rows.zip(lanes) {
+            if bits == 4 {
+                quantize_row_4(isa, row, quantized, scales, sums, block);
+            } else {
+                quantize_row_8(isa, row, quantized, scales, sums, block);
+            }
         }
         this
     }
+}
+
+multiversion! {
+    fn quantize_row_4(isa; row: &[f32], out: &mut [i8], scales: &mut [f32], sums: &mut [i32], block: usize)
+        = quantize_row::<4>
+}
+
+multiversion! {
+    fn quantize_row_8(isa; row: &[f32], out: &mut [i8], scales: &mut [f32], sums: &mut [i32], block: usize)
+        = quantize_row::<8>
 }
 
 /// Place of element `i` of a unit.
@@ -57,29 +78,33 @@ const fn place(i: usize, bits: usize) -> usize {
     if bits == 4 { (i % 2) * 64 + i / 2 } else { i }
 }
 
-fn quantize_row(row: &[f32], out: &mut [i8], scales: &mut [f32], bits: usize, block: usize) {
-    let unit = unit_elements(bits);
+#[inline(always)]
+fn quantize_row<const BITS: usize>(
+    row: &[f32],
+    out: &mut [i8],
+    scales: &mut [f32],
+    sums: &mut [i32],
+    block: usize,
+) {
+    let unit = unit_elements(BITS);
     let lane = unit / LANES;
     for (b, values) in row.chunks(block).enumerate() {
-        let largest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let largest = values
+            .iter()
+            .fold(0.0f32, |m, v| if v.abs() > m { v.abs() } else { m });
         let scale = largest / 127.0;
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
         let start = b * block;
         for (i, v) in values.iter().enumerate() {
             let at = start + i;
-            out[at / unit * unit + place(at % unit, bits)] = (v * inverse).round_ties_even() as i8;
+            out[at / unit * unit + place(at % unit, BITS)] = (v * inverse).round_ties_even() as i8;
         }
         let lanes = start / lane..(start + block).div_ceil(lane).min(scales.len());
         scales[lanes].fill(scale);
     }
-}
-
-fn sum_lanes(values: &[i8], sums: &mut [i32], bits: usize) {
-    let unit = unit_elements(bits);
-    for (values, sums) in values.chunks_exact(unit).zip(sums.chunks_exact_mut(LANES)) {
-        for (half, _) in values.chunks_exact(64).enumerate() {
-            for (l, sum) in sums.iter_mut().enumerate() {
-                let four = &values[half * 64 + l * 4..half * 64 + l * 4 + 4];
+    for (values, sums) in out.chunks_exact(unit).zip(sums.chunks_exact_mut(LANES)) {
+        for half in values.chunks_exact(64) {
+            for (four, sum) in half.as_chunks::<4>().0.iter().zip(sums.iter_mut()) {
                 *sum -= four.iter().map(|v| i32::from(*v)).sum::<i32>();
             }
         }
@@ -104,9 +129,16 @@ impl FloatActivations {
         let rows = values.len().checked_div(k).unwrap_or(0);
         let width = k.next_multiple_of(32);
         let mut out = vec![0.0; rows * width];
-        for (row, out) in values.chunks_exact(k.max(1)).zip(out.chunks_exact_mut(width.max(1))) {
+        for (row, out) in values
+            .chunks_exact(k.max(1))
+            .zip(out.chunks_exact_mut(width.max(1)))
+        {
             for (i, v) in row.iter().enumerate() {
-                let at = if bits == 4 { i / 32 * 32 + (i % 2) * 16 + i % 32 / 2 } else { i };
+                let at = if bits == 4 {
+                    i / 32 * 32 + (i % 2) * 16 + i % 32 / 2
+                } else {
+                    i
+                };
                 out[at] = *v;
             }
         }

@@ -46,14 +46,22 @@ pub struct AttentionInput<'a> {
 /// Writes `[batch, heads, steps, head_size]`; zeros where a row has padding.
 pub fn attend(spec: &AttentionSpec, input: &AttentionInput<'_>, out: &mut [f32]) {
     let isa = isa();
-    let AttentionSpec { heads, kv_heads, head_size, .. } = *spec;
+    let AttentionSpec {
+        heads,
+        kv_heads,
+        head_size,
+        ..
+    } = *spec;
     let group = heads / kv_heads;
     let total: usize = input.rows.iter().map(|(past, new)| past + new).sum();
     let work = 2 * total * input.steps * heads * head_size;
     let cache_of = |row: usize, head: usize| {
         let start = (row * kv_heads + head / group) * input.capacity * head_size;
         let length = (input.rows[row].0 + input.rows[row].1) * head_size;
-        (&input.keys[start..start + length], &input.values[start..start + length])
+        (
+            &input.keys[start..start + length],
+            &input.values[start..start + length],
+        )
     };
     let tiles = input.steps.div_ceil(TILE).max(1);
     let padded = tiles * TILE;
@@ -62,7 +70,11 @@ pub fn attend(spec: &AttentionSpec, input: &AttentionInput<'_>, out: &mut [f32])
             let (row, head) = (i / heads, i % heads);
             let (keys, values) = cache_of(row, head);
             let queries = &input.queries[i * input.steps * head_size..][..out.len()];
-            for (s, (query, out)) in queries.chunks_exact(head_size).zip(out.chunks_exact_mut(head_size)).enumerate() {
+            for (s, (query, out)) in queries
+                .chunks_exact(head_size)
+                .zip(out.chunks_exact_mut(head_size))
+                .enumerate()
+            {
                 match visible(spec, input.rows[row], s) {
                     Some((first, end)) => one_query(isa, spec, query, (keys, values), first, end, out),
                     None => out.fill(0.0),
@@ -80,10 +92,20 @@ pub fn attend(spec: &AttentionSpec, input: &AttentionInput<'_>, out: &mut [f32])
         if count > 0 {
             let at = ((row * heads + head) * input.steps + first) * head_size;
             let queries = &input.queries[at..at + count * head_size];
-            query_tile(isa, spec, queries, cache_of(row, head), (input.rows[row], first), out);
+            query_tile(
+                isa,
+                spec,
+                queries,
+                cache_of(row, head),
+                (input.rows[row], first),
+                out,
+            );
         }
     });
-    for (out, tiled) in out.chunks_exact_mut(input.steps * head_size).zip(tiled.chunks_exact(padded * head_size)) {
+    for (out, tiled) in out
+        .chunks_exact_mut(input.steps * head_size)
+        .zip(tiled.chunks_exact(padded * head_size))
+    {
         out.copy_from_slice(&tiled[..out.len()]);
     }
 }
@@ -95,7 +117,9 @@ fn visible(spec: &AttentionSpec, (past, new): (usize, usize), step: usize) -> Op
     }
     let position = past + step;
     let end = if spec.causal { position + 1 } else { past + new };
-    let first = spec.window.map_or(0, |window| (position + 1).saturating_sub(window));
+    let first = spec
+        .window
+        .map_or(0, |window| (position + 1).saturating_sub(window));
     Some((first, end))
 }
 
@@ -110,7 +134,10 @@ fn one_query(
 ) {
     let width = spec.head_size;
     let mut scores = vec![0.0; end - first];
-    let (keys, values) = (&keys[first * width..end * width], &values[first * width..end * width]);
+    let (keys, values) = (
+        &keys[first * width..end * width],
+        &values[first * width..end * width],
+    );
     score_keys(isa, query, keys, spec.scale, &mut scores);
     soften(isa, spec.softcap, &mut scores);
     add_values(isa, &scores, values, out);
@@ -126,14 +153,23 @@ fn query_tile(
 ) {
     let width = spec.head_size;
     let count = queries.len() / width;
-    let ranges: Vec<(usize, usize)> = (first..first + count).filter_map(|s| visible(spec, row, s)).collect();
+    let ranges: Vec<(usize, usize)> = (first..first + count)
+        .filter_map(|s| visible(spec, row, s))
+        .collect();
     let low = ranges.iter().map(|r| r.0).min().unwrap_or(0);
     let high = ranges.iter().map(|r| r.1).max().unwrap_or(0);
     let length = high - low;
     let mut scores = vec![0.0f32; count * length];
     let w = width as isize;
-    let (keys, values) = (&keys[low * width..high * width], &values[low * width..high * width]);
-    let shape = Shape { m: count, n: length, k: width };
+    let (keys, values) = (
+        &keys[low * width..high * width],
+        &values[low * width..high * width],
+    );
+    let shape = Shape {
+        m: count,
+        n: length,
+        k: width,
+    };
     dense::gemm_into(shape, (&mut scores, length), (queries, w, 1), (keys, 1, w));
     for ((start, end), scores) in ranges.iter().zip(scores.chunks_exact_mut(length)) {
         scores[..start - low].fill(0.0);
@@ -142,7 +178,11 @@ fn query_tile(
         seen.iter_mut().for_each(|s| *s *= spec.scale);
         soften(isa, spec.softcap, seen);
     }
-    let shape = Shape { m: count, n: width, k: length };
+    let shape = Shape {
+        m: count,
+        n: width,
+        k: length,
+    };
     dense::gemm_into(shape, (out, width), (&scores, length as isize, 1), (values, w, 1));
 }
 
@@ -165,10 +205,14 @@ multiversion! {
 #[inline(always)]
 fn soften_plain(softcap: f32, scores: &mut [f32]) {
     if softcap > 0.0 {
-        scores.iter_mut().for_each(|s| *s = softcap * (*s / softcap).tanh());
+        scores
+            .iter_mut()
+            .for_each(|s| *s = softcap * (*s / softcap).tanh());
     }
     const WIDTH: usize = 16;
-    let largest = scores.iter().fold(f32::NEG_INFINITY, |m, s| if *s > m { *s } else { m });
+    let largest = scores
+        .iter()
+        .fold(f32::NEG_INFINITY, |m, s| if *s > m { *s } else { m });
     let mut sums = [0.0f32; WIDTH];
     let (parts, rest) = scores.as_chunks_mut::<WIDTH>();
     for part in parts {
@@ -216,11 +260,18 @@ mod tests {
     use super::*;
 
     fn numbers(n: usize, factor: f32) -> Vec<f32> {
-        (0..n).map(|i| ((i * i) as f32 * 0.37 + i as f32 * factor).sin()).collect()
+        (0..n)
+            .map(|i| ((i * i) as f32 * 0.37 + i as f32 * factor).sin())
+            .collect()
     }
 
     fn reference(spec: &AttentionSpec, input: &AttentionInput<'_>) -> Vec<f64> {
-        let AttentionSpec { heads, kv_heads, head_size: w, .. } = *spec;
+        let AttentionSpec {
+            heads,
+            kv_heads,
+            head_size: w,
+            ..
+        } = *spec;
         let mut out = vec![0.0; input.queries.len()];
         for (b, (past, new)) in input.rows.iter().enumerate() {
             for h in 0..heads {
@@ -234,11 +285,18 @@ mod tests {
                         .collect();
                     let scores = seen.iter().map(|j| {
                         let key = &input.keys[cache + j * w..][..w];
-                        let dot: f64 =
-                            input.queries[q..q + w].iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+                        let dot: f64 = input.queries[q..q + w]
+                            .iter()
+                            .zip(key)
+                            .map(|(a, b)| f64::from(*a) * f64::from(*b))
+                            .sum();
                         let score = dot * f64::from(spec.scale);
                         let cap = f64::from(spec.softcap);
-                        if cap > 0.0 { (cap * (score / cap).tanh()).exp() } else { score.exp() }
+                        if cap > 0.0 {
+                            (cap * (score / cap).tanh()).exp()
+                        } else {
+                            score.exp()
+                        }
                     });
                     let scores: Vec<f64> = scores.collect();
                     let sum: f64 = scores.iter().sum();
@@ -257,8 +315,17 @@ mod tests {
     fn attention_equals_the_definition() {
         for steps in [1usize, 3, 7, 32, 70] {
             for (heads, kv_heads, head_size) in [(4, 2, 8), (2, 2, 20), (6, 1, 16)] {
-                for (softcap, window, causal) in [(0.0, None, true), (5.0, Some(9), true), (0.0, None, false)] {
-                    let spec = AttentionSpec { heads, kv_heads, head_size, scale: 0.3, softcap, window, causal };
+                for (softcap, window, causal) in [(0.0, None, true), (5.0, Some(9), true), (0.0, None, false)]
+                {
+                    let spec = AttentionSpec {
+                        heads,
+                        kv_heads,
+                        head_size,
+                        scale: 0.3,
+                        softcap,
+                        window,
+                        causal,
+                    };
                     let rows = [(5, steps), (11, steps.div_ceil(2))];
                     let capacity = 11 + steps;
                     let queries = numbers(2 * heads * steps * head_size, 0.11);
@@ -275,7 +342,10 @@ mod tests {
                     let mut out = vec![f32::NAN; queries.len()];
                     attend(&spec, &input, &mut out);
                     for (found, want) in out.iter().zip(reference(&spec, &input)) {
-                        assert!((f64::from(*found) - want).abs() < 1e-5, "{spec:?} {steps}: {found} {want}");
+                        assert!(
+                            (f64::from(*found) - want).abs() < 1e-5,
+                            "{spec:?} {steps}: {found} {want}"
+                        );
                     }
                 }
             }

@@ -23,7 +23,9 @@ pub fn matmul(a: &[f32], b: &[f32], m: usize, k: usize, n: usize, out: &mut [f32
     } else if m <= FEW_ROWS {
         let isa = isa();
         for (a, out) in a.chunks_exact(k).zip(out.chunks_exact_mut(n)) {
-            parallel::for_pieces(out, COLUMNS, k * n, |i, out| stream_rows(isa, a, b, n, i * COLUMNS, out));
+            parallel::for_pieces(out, COLUMNS, k * n, |i, out| {
+                stream_rows(isa, a, b, n, i * COLUMNS, out)
+            });
         }
     } else {
         wide_matmul(a, b, m, k, n, out);
@@ -55,7 +57,12 @@ fn wide_matmul(a: &[f32], b: &[f32], m: usize, k: usize, n: usize, out: &mut [f3
 /// `out[r, m] = a[r, k] · b[m, k]ᵀ`.
 pub fn matmul_transposed(a: &[f32], b: &[f32], k: usize, out: &mut [f32]) {
     let (r, m) = (a.len() / k, b.len() / k);
-    gemm_into(Shape { m: r, n: m, k }, (out, m), (a, k as isize, 1), (b, 1, k as isize));
+    gemm_into(
+        Shape { m: r, n: m, k },
+        (out, m),
+        (a, k as isize, 1),
+        (b, 1, k as isize),
+    );
 }
 
 /// Sizes of a product `[m, k] · [k, n]`.
@@ -85,9 +92,18 @@ pub fn gemm_into(
         (rows as isize - 1) * row + (columns as isize - 1) * column
     };
     assert!(k > 0, "invariant: the caller handles empty sums");
-    assert!(last(m, n, out.1 as isize, 1) < out.0.len() as isize, "invariant: the result fits");
-    assert!(last(m, k, a.1, a.2) < a.0.len() as isize, "invariant: the left matrix is complete");
-    assert!(last(k, n, b.1, b.2) < b.0.len() as isize, "invariant: the right matrix is complete");
+    assert!(
+        last(m, n, out.1 as isize, 1) < out.0.len() as isize,
+        "invariant: the result fits"
+    );
+    assert!(
+        last(m, k, a.1, a.2) < a.0.len() as isize,
+        "invariant: the left matrix is complete"
+    );
+    assert!(
+        last(k, n, b.1, b.2) < b.0.len() as isize,
+        "invariant: the right matrix is complete"
+    );
     // SAFETY: the last element of each matrix lies in its slice, strides are not negative, and `out` is borrowed
     // exclusively.
     unsafe {
@@ -196,14 +212,27 @@ mod tests {
 
     #[test]
     fn matmul_equals_the_plain_sum_at_edges() {
-        for (m, k, n) in [(1, 1, 1), (1, 7, 513), (3, 16, 31), (4, 9, 1030), (5, 33, 257), (17, 64, 600), (2, 0, 3)] {
+        for (m, k, n) in [
+            (1, 1, 1),
+            (1, 7, 513),
+            (3, 16, 31),
+            (4, 9, 1030),
+            (5, 33, 257),
+            (17, 64, 600),
+            (2, 0, 3),
+        ] {
             let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
             let mut out = vec![f32::NAN; m * n];
             matmul(&a, &b, m, k, n, &mut out);
             for r in 0..m {
                 for c in 0..n {
-                    let want: f64 = (0..k).map(|i| f64::from(a[r * k + i]) * f64::from(b[i * n + c])).sum();
-                    assert!((f64::from(out[r * n + c]) - want).abs() < 1e-5, "{m}x{k}x{n} at {r},{c}");
+                    let want: f64 = (0..k)
+                        .map(|i| f64::from(a[r * k + i]) * f64::from(b[i * n + c]))
+                        .sum();
+                    assert!(
+                        (f64::from(out[r * n + c]) - want).abs() < 1e-5,
+                        "{m}x{k}x{n} at {r},{c}"
+                    );
                 }
             }
         }

@@ -65,7 +65,10 @@ pub fn isa() -> Isa {
         match available.iter().find(|isa| isa.name() == wanted) {
             Some(isa) => *isa,
             None => {
-                tracing::warn!("OLIVE_ISA={wanted} is not available here, using {}", widest.name());
+                tracing::warn!(
+                    "OLIVE_ISA={wanted} is not available here, using {}",
+                    widest.name()
+                );
                 widest
             }
         }

@@ -92,7 +92,10 @@ impl NBitsWeight {
         let wanted = n.checked_mul(blocks * (block * bits / 8));
         let found = packed.borrowed().map(<[u8]>::len);
         if found.is_none() || found != wanted {
-            let expected = format!("{wanted:?} bytes in memory for [{n}, {blocks}, {}]", block * bits / 8);
+            let expected = format!(
+                "{wanted:?} bytes in memory for [{n}, {blocks}, {}]",
+                block * bits / 8
+            );
             return Err(Error::tensor(&packed.name, expected, format!("{found:?}")));
         }
         let points = match &zero_points {
@@ -102,7 +105,11 @@ impl NBitsWeight {
         };
         if scales.len() != n * blocks || points != n * blocks {
             let found = format!("{} scales and {points} zero points", scales.len());
-            return Err(Error::tensor(&packed.name, format!("{} of each", n * blocks), found));
+            return Err(Error::tensor(
+                &packed.name,
+                format!("{} of each", n * blocks),
+                found,
+            ));
         }
         Ok(Self {
             n,
@@ -253,7 +260,13 @@ impl NBitsWeight {
 }
 
 /// Integer products of some output features with all rows; `out` is `[features, rows]`.
-fn integer_piece(isa: Isa, weight: &NBitsWeight, features: Range<usize>, acts: &QuantActivations, out: &mut [f32]) {
+fn integer_piece(
+    isa: Isa,
+    weight: &NBitsWeight,
+    features: Range<usize>,
+    acts: &QuantActivations,
+    out: &mut [f32],
+) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => super::x86_64::avx512::integer_piece(weight, features, acts, out),
@@ -264,7 +277,13 @@ fn integer_piece(isa: Isa, weight: &NBitsWeight, features: Range<usize>, acts: &
 }
 
 /// Float products of some output features with all rows; `out` is `[features, rows]`.
-fn float_piece(isa: Isa, weight: &NBitsWeight, features: Range<usize>, acts: &FloatActivations, out: &mut [f32]) {
+fn float_piece(
+    isa: Isa,
+    weight: &NBitsWeight,
+    features: Range<usize>,
+    acts: &FloatActivations,
+    out: &mut [f32],
+) {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512Vnni => super::x86_64::avx512::float_piece(weight, features, acts, out),

@@ -46,7 +46,11 @@ mod tests {
         let angles = [0.0f32, 0.0, 0.5, 1.25];
         let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
         let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
-        let table = RotaryTable { cos: &cos, sin: &sin, half: 2 };
+        let table = RotaryTable {
+            cos: &cos,
+            sin: &sin,
+            half: 2,
+        };
         assert_eq!(table.positions(), 2);
         let start = [1.0f32, 2.0, 3.0, 4.0, 9.0];
         let mut halves = start;

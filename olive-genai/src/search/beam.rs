@@ -37,7 +37,7 @@ impl BeamSearch {
     pub fn new(batch: usize, options: &SearchOptions) -> Self {
         const FAR_BELOW: f32 = -1e9;
         let beams = options.num_beams;
-        let start = |i: usize| if i % beams == 0 { 0.0 } else { FAR_BELOW };
+        let start = |i: usize| if i.is_multiple_of(beams) { 0.0 } else { FAR_BELOW };
         Self {
             beams,
             length_penalty: options.length_penalty,
@@ -74,7 +74,10 @@ impl BeamSearch {
         for prompt in 0..self.done.len() {
             let first = prompt * self.beams;
             if self.done[prompt] {
-                next.extend((0..self.beams).map(|b| Continuation { row: first + b, token: pad }));
+                next.extend((0..self.beams).map(|b| Continuation {
+                    row: first + b,
+                    token: pad,
+                }));
                 continue;
             }
             let rows = &scores[first * vocabulary..(first + self.beams) * vocabulary];
@@ -112,11 +115,17 @@ impl BeamSearch {
             }
         }
         while next.len() - start < self.beams {
-            next.push(Continuation { row: first, token: ends.first().copied().unwrap_or(0) });
+            next.push(Continuation {
+                row: first,
+                token: ends.first().copied().unwrap_or(0),
+            });
             scores.push(f32::MIN);
         }
         self.scores[first..first + self.beams].copy_from_slice(&scores);
-        let top = best.iter().map(|(_, score)| *score).fold(f32::NEG_INFINITY, f32::max);
+        let top = best
+            .iter()
+            .map(|(_, score)| *score)
+            .fold(f32::NEG_INFINITY, f32::max);
         self.done[prompt] = self.settled(prompt, top, length);
     }
 
@@ -124,7 +133,13 @@ impl BeamSearch {
         let score = sum / (tokens.len() as f32).powf(self.length_penalty);
         let finished = &mut self.finished[prompt];
         let at = finished.partition_point(|other| other.score >= score);
-        finished.insert(at, Finished { tokens: tokens.to_vec(), score });
+        finished.insert(
+            at,
+            Finished {
+                tokens: tokens.to_vec(),
+                score,
+            },
+        );
         finished.truncate(self.beams);
     }
 
@@ -141,8 +156,13 @@ impl BeamSearch {
     pub fn best(&self, prompt: usize, sequences: &[Vec<u32>], count: usize) -> Vec<Finished> {
         let mut search = self.clone();
         if !search.done[prompt] {
-            for beam in prompt * self.beams..(prompt + 1) * self.beams {
-                search.finish(prompt, &sequences[beam], self.scores[beam]);
+            let running = sequences
+                .iter()
+                .zip(&self.scores)
+                .skip(prompt * self.beams)
+                .take(self.beams);
+            for (tokens, sum) in running {
+                search.finish(prompt, tokens, *sum);
             }
         }
         search.finished[prompt].iter().take(count).cloned().collect()
@@ -175,7 +195,9 @@ mod tests {
     /// A table of next-token scores by last token; token 0 ends.
     fn model(sequence: &[u32]) -> Vec<f32> {
         let last = f64::from(sequence[sequence.len() - 1]);
-        (0..6).map(|i| ((last * 1.7 + f64::from(i) * 2.3 + sequence.len() as f64 * 0.9).sin() * 3.0) as f32).collect()
+        (0..6)
+            .map(|i| ((last * 1.7 + f64::from(i) * 2.3 + sequence.len() as f64 * 0.9).sin() * 3.0) as f32)
+            .collect()
     }
 
     /// The best sequence of all, by trying every one.
@@ -210,7 +232,11 @@ mod tests {
 
     #[test]
     fn wide_beams_find_the_best_sequence() {
-        let options = SearchOptions { num_beams: 32, early_stopping: false, ..Default::default() };
+        let options = SearchOptions {
+            num_beams: 32,
+            early_stopping: false,
+            ..Default::default()
+        };
         for first in 1..6 {
             let mut search = BeamSearch::new(1, &options);
             let mut sequences = vec![vec![first]; 32];

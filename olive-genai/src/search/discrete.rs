@@ -55,7 +55,10 @@ mod tests {
         }
         assert_eq!(counts[1], 0);
         for (count, weight) in counts.iter().zip(weights) {
-            assert!((f64::from(*count) - 10_000.0 * f64::from(weight)).abs() < 500.0, "{counts:?}");
+            assert!(
+                (f64::from(*count) - 10_000.0 * f64::from(weight)).abs() < 500.0,
+                "{counts:?}"
+            );
         }
     }
 

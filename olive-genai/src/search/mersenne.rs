@@ -16,7 +16,9 @@ impl Mt19937 {
         let mut state = [seed; N];
         for i in 1..N {
             let before = state[i - 1];
-            state[i] = 1_812_433_253u32.wrapping_mul(before ^ (before >> 30)).wrapping_add(i as u32);
+            state[i] = 1_812_433_253u32
+                .wrapping_mul(before ^ (before >> 30))
+                .wrapping_add(i as u32);
         }
         Self { state, next: N }
     }

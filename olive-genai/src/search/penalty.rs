@@ -19,7 +19,11 @@ pub fn penalize(scores: &mut [f32], sequence: &[u32], options: &SearchOptions, e
         for id in seen {
             if let Some(score) = scores.get_mut(id as usize) {
                 let penalty = options.repetition_penalty;
-                *score = if *score < 0.0 { *score * penalty } else { *score / penalty };
+                *score = if *score < 0.0 {
+                    *score * penalty
+                } else {
+                    *score / penalty
+                };
             }
         }
     }
@@ -42,7 +46,10 @@ mod tests {
 
     #[test]
     fn each_option_changes_only_its_tokens() {
-        let mut options = SearchOptions { min_length: 4, ..Default::default() };
+        let mut options = SearchOptions {
+            min_length: 4,
+            ..Default::default()
+        };
         let start = [1.0f32, -2.0, 3.0, -4.0, 5.0];
         let mut scores = start;
         penalize(&mut scores, &[0, 1, 0], &options, &[4, 9]);
@@ -50,10 +57,16 @@ mod tests {
         scores = start;
         penalize(&mut scores, &[0, 1, 0, 1], &options, &[4]);
         assert_eq!(scores, start);
-        options = SearchOptions { repetition_penalty: 2.0, ..Default::default() };
+        options = SearchOptions {
+            repetition_penalty: 2.0,
+            ..Default::default()
+        };
         penalize(&mut scores, &[0, 1, 0, 1], &options, &[4]);
         assert_eq!(scores, [0.5, -4.0, 3.0, -4.0, 5.0]);
-        options = SearchOptions { no_repeat_ngram_size: 2, ..Default::default() };
+        options = SearchOptions {
+            no_repeat_ngram_size: 2,
+            ..Default::default()
+        };
         scores = start;
         penalize(&mut scores, &[0, 1, 2, 0], &options, &[]);
         assert_eq!(scores, [1.0, f32::MIN, 3.0, -4.0, 5.0]);

@@ -18,7 +18,12 @@ pub fn argmax(scores: &[f32]) -> usize {
 /// The next token: the likeliest, or one drawn from the `top_k` likeliest, from the smallest set that holds `top_p` of
 /// the probability, or from both in turn. The temperature divides scores after the `top_k` are found.
 pub fn pick(scores: &[f32], options: &SearchOptions, rng: &mut Mt19937) -> usize {
-    let SearchOptions { top_k, top_p, temperature, .. } = *options;
+    let SearchOptions {
+        top_k,
+        top_p,
+        temperature,
+        ..
+    } = *options;
     if !options.do_sample || top_k == 1 || temperature == 0.0 || scores.len() < 2 {
         return argmax(scores);
     }
@@ -53,7 +58,10 @@ fn largest(scores: &[f32], count: usize) -> Vec<usize> {
 
 fn exponentials(scores: &[f32], order: &[usize], inverse: f32) -> Vec<f32> {
     let first = order.first().map_or(0.0, |i| scores[*i]);
-    order.iter().map(|i| ((scores[*i] - first) * inverse).exp()).collect()
+    order
+        .iter()
+        .map(|i| ((scores[*i] - first) * inverse).exp())
+        .collect()
 }
 
 fn normalise(weights: &mut [f32]) {
@@ -107,7 +115,9 @@ mod tests {
     use super::*;
 
     fn scores(n: usize) -> Vec<f32> {
-        (0..n).map(|i| ((i * 37 % 101) as f32 * 0.61).sin() * 4.0).collect()
+        (0..n)
+            .map(|i| ((i * 37 % 101) as f32 * 0.61).sin() * 4.0)
+            .collect()
     }
 
     /// The chosen set and its probabilities, worked out in double precision.
@@ -119,8 +129,10 @@ mod tests {
         }
         let t = f64::from(options.temperature);
         let top = f64::from(scores[order[0]]);
-        let mut set: Vec<(usize, f64)> =
-            order.iter().map(|i| (*i, ((f64::from(scores[*i]) - top) / t).exp())).collect();
+        let mut set: Vec<(usize, f64)> = order
+            .iter()
+            .map(|i| (*i, ((f64::from(scores[*i]) - top) / t).exp()))
+            .collect();
         let total: f64 = set.iter().map(|(_, p)| p).sum();
         if options.top_p > 0.0 && options.top_p < 1.0 {
             let mut sum = 0.0;
@@ -136,11 +148,23 @@ mod tests {
 
     #[test]
     fn draws_match_a_slow_reference() {
-        for (top_k, top_p, temperature) in
-            [(50, 0.0, 1.0), (5, 0.9, 0.6), (20, 0.5, 1.7), (1, 0.0, 1.0), (0, 0.8, 0.5), (0, 0.0, 1.2), (0, 0.3, 2.0)]
-        {
+        for (top_k, top_p, temperature) in [
+            (50, 0.0, 1.0),
+            (5, 0.9, 0.6),
+            (20, 0.5, 1.7),
+            (1, 0.0, 1.0),
+            (0, 0.8, 0.5),
+            (0, 0.0, 1.2),
+            (0, 0.3, 2.0),
+        ] {
             let scores = scores(60);
-            let options = SearchOptions { do_sample: true, top_k, top_p, temperature, ..Default::default() };
+            let options = SearchOptions {
+                do_sample: true,
+                top_k,
+                top_p,
+                temperature,
+                ..Default::default()
+            };
             let (mut rng, mut slow_rng) = (Mt19937::new(11), Mt19937::new(11));
             let set = slow(&scores, &options);
             for _ in 0..500 {
@@ -155,7 +179,11 @@ mod tests {
                     sum += p;
                     sum >= u
                 });
-                assert_eq!(Some(found), want.or(set.last()).map(|(i, _)| *i), "k {top_k} p {top_p} t {temperature}");
+                assert_eq!(
+                    Some(found),
+                    want.or(set.last()).map(|(i, _)| *i),
+                    "k {top_k} p {top_p} t {temperature}"
+                );
             }
         }
     }
@@ -165,7 +193,10 @@ mod tests {
         let scores = scores(5000);
         for share in [0.1f32, 0.5, 0.9, 1.0] {
             let (order, weights) = nucleus(&scores, share, 1.0);
-            let all: f64 = scores.iter().map(|s| f64::from(*s - scores[order[0]]).exp()).sum();
+            let all: f64 = scores
+                .iter()
+                .map(|s| f64::from(*s - scores[order[0]]).exp())
+                .sum();
             let kept: f64 = weights.iter().map(|w| f64::from(*w)).sum();
             assert!(kept / all >= f64::from(share) - 1e-6);
         }
@@ -175,7 +206,11 @@ mod tests {
     fn without_sampling_the_first_of_the_largest_wins() {
         let mut rng = Mt19937::new(0);
         assert_eq!(pick(&[1.0, 3.0, 3.0], &SearchOptions::default(), &mut rng), 1);
-        let options = SearchOptions { do_sample: true, temperature: 0.0, ..Default::default() };
+        let options = SearchOptions {
+            do_sample: true,
+            temperature: 0.0,
+            ..Default::default()
+        };
         assert_eq!(pick(&[1.0, 0.0, 3.0], &options, &mut rng), 2);
     }
 }

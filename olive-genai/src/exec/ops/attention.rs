@@ -55,7 +55,11 @@ impl GroupQuery {
             return Err(ctx.wrong(0, "[batch, steps, width]", format!("{:?}", q.shape())));
         };
         let packed = !ctx.has(1);
-        let heads = if packed { self.heads + 2 * self.kv_heads } else { self.heads };
+        let heads = if packed {
+            self.heads + 2 * self.kv_heads
+        } else {
+            self.heads
+        };
         let head_size = width / heads;
         if width == 0 || width % heads != 0 {
             return Err(ctx.wrong(0, format!("a width of {heads} heads"), width.to_string()));
@@ -79,7 +83,14 @@ impl GroupQuery {
                 split_heads(x.data(), (steps, kv_width), (0, self.kv_heads), head_size, out);
             }
         }
-        Ok(Projected { batch, steps, head_size, queries, keys, values })
+        Ok(Projected {
+            batch,
+            steps,
+            head_size,
+            queries,
+            keys,
+            values,
+        })
     }
 
     /// For each row, positions before this step and new ones.
@@ -87,7 +98,11 @@ impl GroupQuery {
         let last = ctx.ints(5)?;
         let past = ctx.state.cache.lengths();
         if last.len() != batch || past.len() != batch {
-            return Err(ctx.wrong(5, format!("{batch} lengths"), format!("{} and {}", last.len(), past.len())));
+            return Err(ctx.wrong(
+                5,
+                format!("{batch} lengths"),
+                format!("{} and {}", last.len(), past.len()),
+            ));
         }
         let rows = last.iter().zip(past).map(|(last, past)| {
             let total = usize::try_from(last.checked_add(1)?).ok()?;
@@ -95,14 +110,24 @@ impl GroupQuery {
             Some((*past, new))
         });
         let rows: Option<Vec<_>> = rows.collect();
-        rows.ok_or_else(|| ctx.wrong(5, format!("lengths up to {steps} above {past:?}"), format!("{last:?} + 1")))
+        rows.ok_or_else(|| {
+            ctx.wrong(
+                5,
+                format!("lengths up to {steps} above {past:?}"),
+                format!("{last:?} + 1"),
+            )
+        })
     }
 
     fn normalise(&self, ctx: &OpContext<'_, '_>, x: &mut Projected) -> Result<()> {
         for (i, heads) in [(14, &mut x.queries), (15, &mut x.keys)] {
             let weight = ctx.f32(i)?;
             if weight.data().len() != x.head_size {
-                return Err(ctx.wrong(i, format!("{} values", x.head_size), format!("{:?}", weight.shape())));
+                return Err(ctx.wrong(
+                    i,
+                    format!("{} values", x.head_size),
+                    format!("{:?}", weight.shape()),
+                ));
             }
             let source = heads.clone();
             norm::rms_norm(&source, weight.data(), self.norm_epsilon, heads);
@@ -130,16 +155,28 @@ impl GroupQuery {
         Ok(())
     }
 
-    fn attend(&self, ctx: &mut OpContext<'_, '_>, x: &Projected, rows: &[(usize, usize)]) -> Result<Vec<f32>> {
+    fn attend(
+        &self,
+        ctx: &mut OpContext<'_, '_>,
+        x: &Projected,
+        rows: &[(usize, usize)],
+    ) -> Result<Vec<f32>> {
         let mut out = ctx.buffer(x.queries.len());
-        let shape = LayerShape { heads: self.kv_heads, head_size: x.head_size };
+        let shape = LayerShape {
+            heads: self.kv_heads,
+            head_size: x.head_size,
+        };
         let total = rows.iter().map(|(past, new)| past + new).max().unwrap_or(0);
         let (keys, values, capacity) = ctx.state.cache.layer(self.layer, shape, total)?;
         for (source, target) in [(&x.keys, &mut *keys), (&x.values, &mut *values)] {
             let heads = source.chunks_exact(x.steps * x.head_size);
-            for (i, (source, target)) in heads.zip(target.chunks_exact_mut(capacity * x.head_size)).enumerate() {
+            for (i, (source, target)) in heads
+                .zip(target.chunks_exact_mut(capacity * x.head_size))
+                .enumerate()
+            {
                 let (past, new) = rows[i / self.kv_heads];
-                target[past * x.head_size..][..new * x.head_size].copy_from_slice(&source[..new * x.head_size]);
+                target[past * x.head_size..][..new * x.head_size]
+                    .copy_from_slice(&source[..new * x.head_size]);
             }
         }
         let spec = AttentionSpec {
@@ -151,7 +188,14 @@ impl GroupQuery {
             window: self.window,
             causal: self.causal,
         };
-        let input = AttentionInput { queries: &x.queries, keys, values, capacity, steps: x.steps, rows };
+        let input = AttentionInput {
+            queries: &x.queries,
+            keys,
+            values,
+            capacity,
+            steps: x.steps,
+            rows,
+        };
         attend(&spec, &input, &mut out);
         Ok(out)
     }
@@ -166,9 +210,17 @@ fn rotary_table<'t>(
     let half = cos.shape().last().copied().unwrap_or(0);
     if half == 0 || 2 * half > head_size || cos.shape() != sin.shape() || cos.shape().len() != 2 {
         let expected = format!("two tables [positions, n] with n up to {}", head_size / 2);
-        return Err(ctx.wrong(index, expected, format!("{:?} and {:?}", cos.shape(), sin.shape())));
+        return Err(ctx.wrong(
+            index,
+            expected,
+            format!("{:?} and {:?}", cos.shape(), sin.shape()),
+        ));
     }
-    Ok(RotaryTable { cos: cos.data(), sin: sin.data(), half })
+    Ok(RotaryTable {
+        cos: cos.data(),
+        sin: sin.data(),
+        half,
+    })
 }
 
 impl Op for GroupQuery {
@@ -182,13 +234,22 @@ impl Op for GroupQuery {
             self.rotate(ctx, &mut x, &rows)?;
         }
         let out = self.attend(ctx, &x, &rows)?;
-        let Projected { batch, steps, head_size, queries, keys, values } = x;
+        let Projected {
+            batch,
+            steps,
+            head_size,
+            queries,
+            keys,
+            values,
+        } = x;
         for spent in [keys, values] {
             ctx.state.pool.give(Value::F32(Tensor::new([spent.len()], spent)));
         }
         let width = self.heads * head_size;
         let out = if steps == 1 {
-            ctx.state.pool.give(Value::F32(Tensor::new([queries.len()], queries)));
+            ctx.state
+                .pool
+                .give(Value::F32(Tensor::new([queries.len()], queries)));
             out
         } else {
             let mut joined = queries;
@@ -229,7 +290,10 @@ pub fn group_query(ctx: &BuildContext<'_>) -> Result<Box<dyn Op>> {
             return Err(ctx.unsupported(format!("`{name}` is set")));
         }
     }
-    let size = |name: &str| node.int(name).map(|v| v.and_then(|v| usize::try_from(v).ok()).unwrap_or(0));
+    let size = |name: &str| {
+        node.int(name)
+            .map(|v| v.and_then(|v| usize::try_from(v).ok()).unwrap_or(0))
+    };
     let (heads, kv_heads) = (size("num_heads")?, size("kv_num_heads")?);
     if heads == 0 || kv_heads == 0 || heads % kv_heads != 0 {
         return Err(ctx.unsupported(format!("{heads} heads cannot share {kv_heads}")));
@@ -267,11 +331,15 @@ impl Op for Rotary {
         let positions = ctx.ints(1)?;
         // For each head in memory order: which row of the batch and which step it belongs to.
         let (batch, steps, head_size, by_head) = match shape[..] {
-            [batch, steps, width] => (batch, steps, if self.heads > 0 { width / self.heads } else { 0 }, 0),
+            [batch, steps, width] => (batch, steps, width.checked_div(self.heads).unwrap_or(0), 0),
             [batch, heads, steps, head_size] => (batch, steps, head_size, heads),
             _ => return Err(ctx.wrong(0, "3 or 4 axes", format!("{shape:?}"))),
         };
-        let head_size = if head_size == 0 { 2 * ctx.f32(2)?.shape().last().copied().unwrap_or(0) } else { head_size };
+        let head_size = if head_size == 0 {
+            2 * ctx.f32(2)?.shape().last().copied().unwrap_or(0)
+        } else {
+            head_size
+        };
         let position = |row: usize, step: usize| match positions.len() {
             1 => positions[0] + step as i64,
             _ => positions.get(row * steps + step).copied().unwrap_or(-1),
@@ -286,8 +354,16 @@ impl Op for Rotary {
                 0 => (i / per_step / steps, i / per_step % steps),
                 heads => (i / steps / heads, i % steps),
             };
-            let at = usize::try_from(position(row, step)).ok().filter(|at| *at < table.positions());
-            let at = at.ok_or_else(|| ctx.wrong(1, format!("positions below {}", table.positions()), position(row, step).to_string()))?;
+            let at = usize::try_from(position(row, step))
+                .ok()
+                .filter(|at| *at < table.positions());
+            let at = at.ok_or_else(|| {
+                ctx.wrong(
+                    1,
+                    format!("positions below {}", table.positions()),
+                    position(row, step).to_string(),
+                )
+            })?;
             table.rotate(head, at, self.interleaved);
         }
         ctx.set_f32(0, shape, data);
@@ -304,7 +380,11 @@ pub fn rotary(ctx: &BuildContext<'_>) -> Result<Box<dyn Op>> {
         return Err(ctx.unsupported("`scale` is not 1"));
     }
     Ok(Box::new(Rotary {
-        heads: ctx.node.int("num_heads")?.and_then(|n| usize::try_from(n).ok()).unwrap_or(0),
+        heads: ctx
+            .node
+            .int("num_heads")?
+            .and_then(|n| usize::try_from(n).ok())
+            .unwrap_or(0),
         interleaved: ctx.node.int("interleaved")?.unwrap_or(0) != 0,
     }))
 }

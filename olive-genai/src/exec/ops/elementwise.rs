@@ -87,7 +87,13 @@ impl Op for Binary {
     fn run(&self, ctx: &mut OpContext<'_, '_>) -> Result<()> {
         let (a, b) = (ctx.value(0)?, ctx.value(1)?);
         let shape = broadcast(a.shape(), b.shape());
-        let shape = shape.ok_or_else(|| ctx.wrong(1, format!("sizes that go with {:?}", a.shape()), format!("{:?}", b.shape())))?;
+        let shape = shape.ok_or_else(|| {
+            ctx.wrong(
+                1,
+                format!("sizes that go with {:?}", a.shape()),
+                format!("{:?}", b.shape()),
+            )
+        })?;
         if self.in_place(ctx, &shape)? {
             return Ok(());
         }
@@ -154,7 +160,8 @@ impl Binary {
         } else if let [b] = b {
             data.iter_mut().for_each(|x| *x = kind.apply(*x, *b));
         } else {
-            data.chunks_exact_mut(b.len()).for_each(|out| combine(isa, kind, out, b));
+            data.chunks_exact_mut(b.len())
+                .for_each(|out| combine(isa, kind, out, b));
         }
         ctx.set_f32(0, shape, data);
         Ok(true)
@@ -204,7 +211,13 @@ impl Op for Comparison {
     fn run(&self, ctx: &mut OpContext<'_, '_>) -> Result<()> {
         let (a, b) = (ctx.value(0)?, ctx.value(1)?);
         let shape = broadcast(a.shape(), b.shape());
-        let shape = shape.ok_or_else(|| ctx.wrong(1, format!("sizes that go with {:?}", a.shape()), format!("{:?}", b.shape())))?;
+        let shape = shape.ok_or_else(|| {
+            ctx.wrong(
+                1,
+                format!("sizes that go with {:?}", a.shape()),
+                format!("{:?}", b.shape()),
+            )
+        })?;
         let f = |x: f64, y: f64| u8::from((self.0)(x, y));
         let data = match (a, b) {
             (Value::F32(a), Value::F32(b)) => zip_with(a, b, &shape, |x, y| f(f64::from(x), f64::from(y))),
@@ -262,7 +275,7 @@ fn apply_plain(function: Function, values: &mut [f32]) {
 /// `x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`, written with a sigmoid.
 #[inline(always)]
 fn gelu_tanh(x: f32) -> f32 {
-    const FACTOR: f32 = 1.595_769_1;
+    const FACTOR: f32 = 1.595_769_2;
     let inner = FACTOR * (x + 0.044_715 * x * x * x);
     x / (1.0 + exp::exp(-inner))
 }
@@ -360,7 +373,10 @@ impl Op for Cast {
                 match target {
                     Target::I64 => Value::I64(Tensor::new(shape, data.iter().map(|v| *v as i64).collect())),
                     Target::I32 => Value::I32(Tensor::new(shape, data.iter().map(|v| *v as i32).collect())),
-                    _ => Value::Bool(Tensor::new(shape, data.iter().map(|v| u8::from(*v != 0.0)).collect())),
+                    _ => Value::Bool(Tensor::new(
+                        shape,
+                        data.iter().map(|v| u8::from(*v != 0.0)).collect(),
+                    )),
                 }
             }
             (target, value) => {
@@ -369,7 +385,10 @@ impl Op for Cast {
                     Target::F32 => Value::F32(Tensor::new(shape, data.iter().map(|v| *v as f32).collect())),
                     Target::I64 => Value::I64(Tensor::new(shape, data)),
                     Target::I32 => Value::I32(Tensor::new(shape, data.iter().map(|v| *v as i32).collect())),
-                    Target::Bool => Value::Bool(Tensor::new(shape, data.iter().map(|v| u8::from(*v != 0)).collect())),
+                    Target::Bool => Value::Bool(Tensor::new(
+                        shape,
+                        data.iter().map(|v| u8::from(*v != 0)).collect(),
+                    )),
                 }
             }
         };
@@ -404,7 +423,11 @@ mod tests {
 
     #[test]
     fn gelu_equals_known_values() {
-        for (x, exact, tanh) in [(1.0, 0.841_344_7, 0.841_192), (-2.0, -0.045_500_26, -0.045_402_3), (3.5, 3.499_186, 3.499_313)] {
+        for (x, exact, tanh) in [
+            (1.0, 0.841_344_7, 0.841_192),
+            (-2.0, -0.045_500_26, -0.045_402_3),
+            (3.5, 3.499_186, 3.499_313),
+        ] {
             assert!((gelu_exact(x) - exact).abs() < 1e-5, "{x}");
             assert!((gelu_tanh(x) - tanh).abs() < 1e-4, "{x}");
         }

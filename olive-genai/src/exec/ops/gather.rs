@@ -16,7 +16,8 @@ impl Op for Gather {
         let (table, indices) = (ctx.value(0)?, ctx.value(1)?);
         let sizes = table.shape();
         let axis = axis_index(self.axis, sizes.len());
-        let axis = axis.ok_or_else(|| ctx.wrong(0, format!("a rank above {}", self.axis), format!("{sizes:?}")))?;
+        let axis =
+            axis.ok_or_else(|| ctx.wrong(0, format!("a rank above {}", self.axis), format!("{sizes:?}")))?;
         let rows = rows_of(ctx, sizes[axis])?;
         let mut shape = sizes[..axis].to_vec();
         shape.extend(indices.shape());
@@ -36,7 +37,9 @@ impl Op for Gather {
 /// Input 1 as places in an axis of `size`; negative ones count from the end.
 fn rows_of(ctx: &OpContext<'_, '_>, size: usize) -> Result<Vec<usize>> {
     let indices = ctx.ints(1)?;
-    let place = |i: &i64| axis_index(*i, size).ok_or_else(|| ctx.wrong(1, format!("indices below {size}"), i.to_string()));
+    let place = |i: &i64| {
+        axis_index(*i, size).ok_or_else(|| ctx.wrong(1, format!("indices below {size}"), i.to_string()))
+    };
     indices.iter().map(place).collect()
 }
 
@@ -161,7 +164,9 @@ pub fn block_quantized(ctx: &BuildContext<'_>) -> Result<Box<dyn Op>> {
     }
     let (rows, width) = (table.shape()[0], table.shape()[1] * 8 / bits);
     let blocks = width.div_ceil(block);
-    let points = zero_points.as_ref().map_or(rows * (blocks * bits).div_ceil(8), |z| z.data().len());
+    let points = zero_points
+        .as_ref()
+        .map_or(rows * (blocks * bits).div_ceil(8), |z| z.data().len());
     if scales.data().len() != rows * blocks || points != rows * (blocks * bits).div_ceil(8) {
         return Err(ctx.unsupported(format!("scales or zero points do not fit [{rows}, {blocks}]")));
     }

@@ -81,7 +81,9 @@ pub fn n_bits(ctx: &BuildContext<'_>) -> Result<Box<dyn Op>> {
     let node = ctx.node;
     let size = |name: &str, default: Option<i64>| {
         let value = node.int(name)?.or(default);
-        let value = value.and_then(|v| usize::try_from(v).ok()).filter(|v| *v < 1 << 31);
+        let value = value
+            .and_then(|v| usize::try_from(v).ok())
+            .filter(|v| *v < 1 << 31);
         value.ok_or_else(|| ctx.unsupported(format!("attribute `{name}` is missing or out of range")))
     };
     let shape = NBitsShape {
@@ -120,7 +122,11 @@ pub fn n_bits(ctx: &BuildContext<'_>) -> Result<Box<dyn Op>> {
     let weight = NBitsWeight::new(shape, ctx.initializer(1)?.clone(), scales, zero_points)?;
     let quantize_activations = node.int("accuracy_level")?.unwrap_or(0) == 4;
     let bias = bias.map(Value::F32);
-    Ok(Box::new(NBits { weight, quantize_activations, bias }))
+    Ok(Box::new(NBits {
+        weight,
+        quantize_activations,
+        bias,
+    }))
 }
 
 struct LoraAdd;

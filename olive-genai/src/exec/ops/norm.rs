@@ -45,7 +45,8 @@ impl Op for SkipSimplified {
         let sum = match ctx.take_f32(0) {
             Some(mut x) => {
                 let shape = x.shape().to_vec();
-                let mut data = std::mem::replace(&mut x, super::super::value::Tensor::new([0], Vec::new())).into_vec();
+                let mut data =
+                    std::mem::replace(&mut x, super::super::value::Tensor::new([0], Vec::new())).into_vec();
                 let skip = ctx.f32(1)?;
                 if skip.data().len() != data.len() {
                     return Err(ctx.wrong(1, format!("{shape:?}"), format!("{:?}", skip.shape())));

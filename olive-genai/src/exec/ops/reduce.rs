@@ -31,7 +31,8 @@ impl Op for Reduce {
         let mut reduced = vec![given.is_empty(); shape.len()];
         for axis in given {
             let index = axis_index(axis, shape.len());
-            let index = index.ok_or_else(|| ctx.wrong(1, format!("an axis of {shape:?}"), axis.to_string()))?;
+            let index =
+                index.ok_or_else(|| ctx.wrong(1, format!("an axis of {shape:?}"), axis.to_string()))?;
             reduced[index] = true;
         }
         let out = match value {
@@ -54,13 +55,25 @@ impl Op for Reduce {
     }
 }
 
-fn fold<T: bytemuck::Pod>(tensor: &Tensor<T>, reduced: &[bool], start: T, join: impl Fn(T, T) -> T) -> Tensor<T> {
+fn fold<T: bytemuck::Pod>(
+    tensor: &Tensor<T>,
+    reduced: &[bool],
+    start: T,
+    join: impl Fn(T, T) -> T,
+) -> Tensor<T> {
     let shape = tensor.shape();
-    let len: usize = shape.iter().zip(reduced).filter(|(_, gone)| !**gone).map(|(size, _)| *size).product();
+    let len: usize = shape
+        .iter()
+        .zip(reduced)
+        .filter(|(_, gone)| !**gone)
+        .map(|(size, _)| *size)
+        .product();
     let mut out = vec![start; len];
     let mut index = vec![0; shape.len()];
     for v in tensor.data() {
-        let place = (0..shape.len()).filter(|a| !reduced[*a]).fold(0, |p, a| p * shape[a] + index[a]);
+        let place = (0..shape.len())
+            .filter(|a| !reduced[*a])
+            .fold(0, |p, a| p * shape[a] + index[a]);
         out[place] = join(out[place], *v);
         for a in (0..shape.len()).rev() {
             index[a] += 1;

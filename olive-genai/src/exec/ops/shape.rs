@@ -8,7 +8,11 @@ use super::super::value::{Tensor, Value};
 
 /// `axis` counted from the front in a rank (or size) of `rank`; `None` if it is outside.
 pub fn axis_index(axis: i64, rank: usize) -> Option<usize> {
-    let from_front = if axis < 0 { axis.checked_add(i64::try_from(rank).ok()?)? } else { axis };
+    let from_front = if axis < 0 {
+        axis.checked_add(i64::try_from(rank).ok()?)?
+    } else {
+        axis
+    };
     usize::try_from(from_front).ok().filter(|index| *index < rank)
 }
 
@@ -25,7 +29,10 @@ impl Op for Shape {
             at.clamp(0, shape.len() as i64) as usize
         };
         let (start, end) = (clamp(self.start), self.end.map_or(shape.len(), clamp));
-        let sizes: Vec<i64> = shape[start..end.max(start)].iter().map(|size| *size as i64).collect();
+        let sizes: Vec<i64> = shape[start..end.max(start)]
+            .iter()
+            .map(|size| *size as i64)
+            .collect();
         ctx.set(0, Value::I64(Tensor::new([sizes.len()], sizes)));
         Ok(())
     }
@@ -46,7 +53,8 @@ impl Op for Reshape {
         let wanted = ctx.ints(1)?;
         let old = ctx.value(0)?.shape().to_vec();
         let new = new_shape(&old, &wanted, self.zero_is_zero);
-        let new = new.ok_or_else(|| ctx.wrong(1, format!("sizes that hold {old:?}"), format!("{wanted:?}")))?;
+        let new =
+            new.ok_or_else(|| ctx.wrong(1, format!("sizes that hold {old:?}"), format!("{wanted:?}")))?;
         let value = ctx.take(0)?.reshaped(new);
         ctx.set(0, value);
         Ok(())
@@ -93,7 +101,11 @@ impl Op for Squeeze {
             None => None,
         };
         let old = ctx.value(0)?.shape().to_vec();
-        let new = if self.insert { inserted(&old, axes.as_deref()) } else { removed(&old, axes.as_deref()) };
+        let new = if self.insert {
+            inserted(&old, axes.as_deref())
+        } else {
+            removed(&old, axes.as_deref())
+        };
         let new = new.ok_or_else(|| ctx.wrong(1, format!("axes that fit {old:?}"), format!("{axes:?}")))?;
         let value = ctx.take(0)?.reshaped(new);
         ctx.set(0, value);
@@ -112,7 +124,10 @@ fn inserted(old: &[usize], axes: Option<&[i64]>) -> Option<Vec<usize>> {
         }
     }
     let mut rest = old.iter();
-    is_new.iter().map(|new| if *new { Some(1) } else { rest.next().copied() }).collect()
+    is_new
+        .iter()
+        .map(|new| if *new { Some(1) } else { rest.next().copied() })
+        .collect()
 }
 
 fn removed(old: &[usize], axes: Option<&[i64]>) -> Option<Vec<usize>> {
@@ -121,7 +136,13 @@ fn removed(old: &[usize], axes: Option<&[i64]>) -> Option<Vec<usize>> {
         let index = axis_index(*axis, old.len()).filter(|i| old[*i] == 1)?;
         gone[index] = true;
     }
-    Some(old.iter().zip(gone).filter(|(_, gone)| !gone).map(|(size, _)| *size).collect())
+    Some(
+        old.iter()
+            .zip(gone)
+            .filter(|(_, gone)| !gone)
+            .map(|(size, _)| *size)
+            .collect(),
+    )
 }
 
 /// `Unsqueeze`.
@@ -163,7 +184,11 @@ impl Op for Transpose {
         };
         let order = order.filter(|order| order.len() == rank && (0..rank).all(|a| order.contains(&a)));
         let Some(order) = order else {
-            return Err(ctx.wrong(0, format!("a rank for {:?}", self.order), format!("{:?}", value.shape())));
+            return Err(ctx.wrong(
+                0,
+                format!("a rank for {:?}", self.order),
+                format!("{:?}", value.shape()),
+            ));
         };
         let out = map_value!(value, t => permuted(t, &order));
         ctx.set(0, out);
@@ -213,8 +238,11 @@ impl Op for Concat {
         let first = ctx.value(0)?;
         let rank = first.shape().len();
         let axis = axis_index(self.axis, rank);
-        let axis = axis.ok_or_else(|| ctx.wrong(0, format!("a rank above {}", self.axis), rank.to_string()))?;
-        let parts: Vec<&Value> = (0..ctx.inputs.len()).map(|i| ctx.value(i)).collect::<Result<_>>()?;
+        let axis =
+            axis.ok_or_else(|| ctx.wrong(0, format!("a rank above {}", self.axis), rank.to_string()))?;
+        let parts: Vec<&Value> = (0..ctx.inputs.len())
+            .map(|i| ctx.value(i))
+            .collect::<Result<_>>()?;
         for (i, part) in parts.iter().enumerate() {
             let fits = part.type_name() == first.type_name()
                 && part.shape().len() == rank
@@ -230,7 +258,13 @@ impl Op for Concat {
             ($variant:ident) => {{
                 let list: Vec<_> = parts
                     .iter()
-                    .filter_map(|part| if let Value::$variant(t) = part { Some(t) } else { None })
+                    .filter_map(|part| {
+                        if let Value::$variant(t) = part {
+                            Some(t)
+                        } else {
+                            None
+                        }
+                    })
                     .collect();
                 Value::$variant(joined(&list, axis, shape))
             }};
@@ -268,7 +302,13 @@ pub fn concat(ctx: &BuildContext<'_>) -> Result<Box<dyn Op>> {
 }
 
 /// `count` places of `axis` from `start` on, each `step` after the one before.
-fn picked<T: bytemuck::Pod>(tensor: &Tensor<T>, axis: usize, start: usize, step: isize, count: usize) -> Tensor<T> {
+fn picked<T: bytemuck::Pod>(
+    tensor: &Tensor<T>,
+    axis: usize,
+    start: usize,
+    step: isize,
+    count: usize,
+) -> Tensor<T> {
     let old = tensor.shape();
     let outer: usize = old[..axis].iter().product();
     let inner: usize = old[axis + 1..].iter().product();
@@ -293,17 +333,27 @@ impl Op for Split {
     fn run(&self, ctx: &mut OpContext<'_, '_>) -> Result<()> {
         let shape = ctx.value(0)?.shape().to_vec();
         let axis = axis_index(self.axis, shape.len());
-        let axis = axis.ok_or_else(|| ctx.wrong(0, format!("a rank above {}", self.axis), format!("{shape:?}")))?;
+        let axis =
+            axis.ok_or_else(|| ctx.wrong(0, format!("a rank above {}", self.axis), format!("{shape:?}")))?;
         let sizes: Vec<usize> = if ctx.has(1) {
-            ctx.ints(1)?.iter().map(|size| usize::try_from(*size).unwrap_or(usize::MAX)).collect()
+            ctx.ints(1)?
+                .iter()
+                .map(|size| usize::try_from(*size).unwrap_or(usize::MAX))
+                .collect()
         } else {
             let parts = self.parts.unwrap_or(ctx.outputs.len()).max(1);
             let size = shape[axis].div_ceil(parts);
-            (0..parts).map(|p| size.min(shape[axis].saturating_sub(p * size))).collect()
+            (0..parts)
+                .map(|p| size.min(shape[axis].saturating_sub(p * size)))
+                .collect()
         };
         let total = sizes.iter().try_fold(0usize, |sum, size| sum.checked_add(*size));
         if total != Some(shape[axis]) {
-            return Err(ctx.wrong(1, format!("sizes that sum to {}", shape[axis]), format!("{sizes:?}")));
+            return Err(ctx.wrong(
+                1,
+                format!("sizes that sum to {}", shape[axis]),
+                format!("{sizes:?}"),
+            ));
         }
         let mut start = 0;
         for (o, size) in sizes.into_iter().enumerate() {
@@ -318,7 +368,10 @@ impl Op for Split {
 /// `Split`.
 pub fn split(ctx: &BuildContext<'_>) -> Result<Box<dyn Op>> {
     let parts = ctx.node.int("num_outputs")?.and_then(|n| usize::try_from(n).ok());
-    Ok(Box::new(Split { axis: ctx.node.int("axis")?.unwrap_or(0), parts }))
+    Ok(Box::new(Split {
+        axis: ctx.node.int("axis")?.unwrap_or(0),
+        parts,
+    }))
 }
 
 struct Slice;
@@ -326,16 +379,29 @@ struct Slice;
 impl Op for Slice {
     fn run(&self, ctx: &mut OpContext<'_, '_>) -> Result<()> {
         let (starts, ends) = (ctx.ints(1)?, ctx.ints(2)?);
-        let axes = if ctx.has(3) { ctx.ints(3)? } else { (0..starts.len() as i64).collect() };
-        let steps = if ctx.has(4) { ctx.ints(4)? } else { vec![1; starts.len()] };
+        let axes = if ctx.has(3) {
+            ctx.ints(3)?
+        } else {
+            (0..starts.len() as i64).collect()
+        };
+        let steps = if ctx.has(4) {
+            ctx.ints(4)?
+        } else {
+            vec![1; starts.len()]
+        };
         if ends.len() != starts.len() || axes.len() != starts.len() || steps.len() != starts.len() {
-            return Err(ctx.wrong(1, "as many starts as ends, axes and steps", starts.len().to_string()));
+            return Err(ctx.wrong(
+                1,
+                "as many starts as ends, axes and steps",
+                starts.len().to_string(),
+            ));
         }
         let mut value = ctx.value(0)?.clone();
         for i in 0..starts.len() {
             let shape = value.shape();
             let axis = axis_index(axes[i], shape.len()).filter(|_| steps[i] != 0);
-            let axis = axis.ok_or_else(|| ctx.wrong(3, format!("an axis of {shape:?}"), axes[i].to_string()))?;
+            let axis =
+                axis.ok_or_else(|| ctx.wrong(3, format!("an axis of {shape:?}"), axes[i].to_string()))?;
             let (start, count) = slice_range(starts[i], ends[i], steps[i], shape[axis] as i64);
             value = map_value!(&value, t => picked(t, axis, start, steps[i] as isize, count));
         }

@@ -14,7 +14,18 @@ use super::{Branch, GraphNames, Inputs, Plan, PlanInfo, Step, Work};
 
 /// Operators that are computed at load when all they read is constant.
 const FOLDED: [&str; 13] = [
-    "Constant", "Shape", "Gather", "Reshape", "Cast", "Concat", "Unsqueeze", "Squeeze", "Slice", "Add", "Sub", "Mul",
+    "Constant",
+    "Shape",
+    "Gather",
+    "Reshape",
+    "Cast",
+    "Concat",
+    "Unsqueeze",
+    "Squeeze",
+    "Slice",
+    "Add",
+    "Sub",
+    "Mul",
     "Div",
 ];
 /// Larger results are left to be computed when needed.
@@ -61,7 +72,12 @@ impl Plan {
         }
         let logits = match compiler.names.get(&names.logits) {
             Some(Source::Slot(slot)) => *slot,
-            _ => return Err(Error::unsupported("the graph", format!("it computes no output `{}`", names.logits))),
+            _ => {
+                return Err(Error::unsupported(
+                    "the graph",
+                    format!("it computes no output `{}`", names.logits),
+                ));
+            }
         };
         mark_last_uses(&mut steps, logits);
         let info = PlanInfo {
@@ -99,7 +115,11 @@ impl<'g> Compiler<'g> {
     }
 
     fn bind_inputs(&mut self, graph: &Graph, names: &GraphNames) -> Result<(Inputs, usize)> {
-        let mut inputs = Inputs { ids: None, mask: None, positions: None };
+        let mut inputs = Inputs {
+            ids: None,
+            mask: None,
+            positions: None,
+        };
         let mut layers = HashSet::new();
         let mut unknown = Vec::new();
         for input in graph.required_inputs() {
@@ -131,11 +151,17 @@ impl<'g> Compiler<'g> {
             ));
         }
         if inputs.ids.is_none() {
-            return Err(Error::unsupported("the graph", format!("it has no input `{}`", names.input_ids)));
+            return Err(Error::unsupported(
+                "the graph",
+                format!("it has no input `{}`", names.input_ids),
+            ));
         }
         let count = layers.len();
         match (0..count).find(|layer| !layers.contains(layer)) {
-            Some(layer) => Err(Error::unsupported("the graph", format!("layer {layer} has no cache"))),
+            Some(layer) => Err(Error::unsupported(
+                "the graph",
+                format!("layer {layer} has no cache"),
+            )),
             None => Ok((inputs, count)),
         }
     }
@@ -168,8 +194,7 @@ impl<'g> Compiler<'g> {
         Ok(source)
     }
 
-    fn steps(&mut self, nodes: &'g [Node], ignored: &HashSet<String>) -> Vec<Step>
-    {
+    fn steps(&mut self, nodes: &'g [Node], ignored: &HashSet<String>) -> Vec<Step> {
         let mut steps = Vec::new();
         for node in nodes {
             match self.step(node, ignored) {
@@ -189,7 +214,11 @@ impl<'g> Compiler<'g> {
     }
 
     fn step(&mut self, node: &'g Node, ignored: &HashSet<String>) -> Result<Option<Step>> {
-        let inputs: Vec<Source> = node.inputs.iter().map(|name| self.source(name)).collect::<Result<_>>()?;
+        let inputs: Vec<Source> = node
+            .inputs
+            .iter()
+            .map(|name| self.source(name))
+            .collect::<Result<_>>()?;
         let reads_cache = inputs.iter().any(|source| matches!(source, Source::Cache(_)));
         if reads_cache && node.op_type != "GroupQueryAttention" {
             let what = format!("node `{}` ({})", node.name, node.op_type);
@@ -214,14 +243,28 @@ impl<'g> Compiler<'g> {
             outputs.push(slot);
         }
         let dying = vec![false; inputs.len()];
-        Ok(Some(Step { name: node.name.clone(), work, inputs, dying, outputs, free: Vec::new() }))
+        Ok(Some(Step {
+            name: node.name.clone(),
+            work,
+            inputs,
+            dying,
+            outputs,
+            free: Vec::new(),
+        }))
     }
 
     fn op(&self, node: &Node, inputs: &[Source]) -> Result<Box<dyn Op>> {
         let Some(build) = builder(&node.domain, &node.op_type) else {
-            let domain = if node.domain.is_empty() { "ai.onnx" } else { &node.domain };
+            let domain = if node.domain.is_empty() {
+                "ai.onnx"
+            } else {
+                &node.domain
+            };
             let what = format!("node `{}`", node.name);
-            return Err(Error::unsupported(what, format!("there is no operator {domain}::{}", node.op_type)));
+            return Err(Error::unsupported(
+                what,
+                format!("there is no operator {domain}::{}", node.op_type),
+            ));
         };
         build(&BuildContext {
             node,
@@ -246,7 +289,10 @@ impl<'g> Compiler<'g> {
             Source::Constant(c) => self.constants[*c].shape().iter().product(),
             _ => 0usize,
         };
-        let free = matches!(node.op_type.as_str(), "Constant" | "Reshape" | "Shape" | "Unsqueeze" | "Squeeze");
+        let free = matches!(
+            node.op_type.as_str(),
+            "Constant" | "Reshape" | "Shape" | "Unsqueeze" | "Squeeze"
+        );
         if node.outputs.len() != 1 || (!free && inputs.iter().map(size).sum::<usize>() > LARGEST_FOLD) {
             return false;
         }
@@ -260,14 +306,20 @@ impl<'g> Compiler<'g> {
             pool: &mut Pool::default(),
         };
         let dying = vec![false; inputs.len()];
-        let mut ctx =
-            OpContext { state: &mut state, node: &node.name, inputs, dying: &dying, outputs: &[Some(0)] };
+        let mut ctx = OpContext {
+            state: &mut state,
+            node: &node.name,
+            inputs,
+            dying: &dying,
+            outputs: &[Some(0)],
+        };
         if op.run(&mut ctx).is_err() {
             return false;
         }
         let [Some(value)] = slots else { return false };
         let index = self.constant(value.into_shared(), false);
-        self.names.insert(node.outputs[0].clone(), Source::Constant(index));
+        self.names
+            .insert(node.outputs[0].clone(), Source::Constant(index));
         true
     }
 
@@ -276,14 +328,22 @@ impl<'g> Compiler<'g> {
         for (name, made) in ["then_branch", "else_branch"].into_iter().zip(&mut made) {
             let graph = node.graph(name)?;
             let graph = graph.ok_or_else(|| {
-                Error::unsupported(format!("node `{}` (If)", node.name), format!("it has no `{name}`"))
+                Error::unsupported(
+                    format!("node `{}` (If)", node.name),
+                    format!("it has no `{name}`"),
+                )
             })?;
             if graph.outputs.len() != node.outputs.len() {
-                let reason = format!("`{name}` gives {} values for {}", graph.outputs.len(), node.outputs.len());
+                let reason = format!(
+                    "`{name}` gives {} values for {}",
+                    graph.outputs.len(),
+                    node.outputs.len()
+                );
                 return Err(Error::unsupported(format!("node `{}` (If)", node.name), reason));
             }
             let (names, tensors) = (self.names.clone(), self.tensors.clone());
-            self.tensors.extend(graph.initializers.iter().map(|t| (t.name.as_str(), t)));
+            self.tensors
+                .extend(graph.initializers.iter().map(|t| (t.name.as_str(), t)));
             made.steps = self.steps(&graph.nodes, &HashSet::new());
             let outputs = graph.outputs.iter().map(|output| self.source(&output.name));
             made.outputs = outputs.collect::<Result<_>>()?;
@@ -299,13 +359,25 @@ fn present_outputs(graph: &Graph, names: &GraphNames) -> Result<HashSet<String>>
     for output in &graph.outputs {
         let name = output.name.as_str();
         let key = GraphNames::layer(&names.present_key, name);
-        if key.or_else(|| GraphNames::layer(&names.present_value, name)).is_some() {
+        if key
+            .or_else(|| GraphNames::layer(&names.present_value, name))
+            .is_some()
+        {
             ignored.insert(name.to_owned());
         }
     }
-    let read = graph.nodes.iter().chain(branches(graph.nodes.iter()).into_iter().flat_map(|g| &g.nodes));
-    match read.flat_map(|node| &node.inputs).find(|name| ignored.contains(*name)) {
-        Some(name) => Err(Error::unsupported(format!("graph output `{name}`"), "a node reads it")),
+    let read = graph
+        .nodes
+        .iter()
+        .chain(branches(graph.nodes.iter()).into_iter().flat_map(|g| &g.nodes));
+    match read
+        .flat_map(|node| &node.inputs)
+        .find(|name| ignored.contains(*name))
+    {
+        Some(name) => Err(Error::unsupported(
+            format!("graph output `{name}`"),
+            "a node reads it",
+        )),
         None => Ok(ignored),
     }
 }
@@ -322,7 +394,10 @@ fn step_slots(step: &Step) -> Vec<usize> {
         for branch in branches.iter() {
             branch.outputs.iter().for_each(&mut add);
             for step in &branch.steps {
-                step_slots(step).into_iter().map(Source::Slot).for_each(|source| add(&source));
+                step_slots(step)
+                    .into_iter()
+                    .map(Source::Slot)
+                    .for_each(|source| add(&source));
             }
         }
     }
@@ -349,16 +424,25 @@ fn mark_last_uses(steps: &mut [Step], logits: usize) {
 
 /// The factors of each low-rank part.
 fn lora_pairs(nodes: &[Node]) -> Vec<(String, String)> {
-    let parts = nodes.iter().filter(|node| node.domain == OLIVE && node.op_type == "LoraAdd");
-    parts.map(|node| (node.inputs[2].clone(), node.inputs[3].clone())).collect()
+    let parts = nodes
+        .iter()
+        .filter(|node| node.domain == OLIVE && node.op_type == "LoraAdd");
+    parts
+        .map(|node| (node.inputs[2].clone(), node.inputs[3].clone()))
+        .collect()
 }
 
 /// The constant that an `If` compares the length with.
 fn rope_threshold(nodes: &[Node], compiler: &Compiler<'_>) -> Option<usize> {
     let condition = nodes.iter().find(|node| node.op_type == "If")?.input(0)?;
-    let test = nodes.iter().find(|node| node.output(0) == Some(condition) && node.op_type == "Greater")?;
+    let test = nodes
+        .iter()
+        .find(|node| node.output(0) == Some(condition) && node.op_type == "Greater")?;
     match compiler.names.get(test.input(1)?)? {
-        Source::Constant(c) => compiler.constants[*c].to_i64()?.first().and_then(|v| usize::try_from(*v).ok()),
+        Source::Constant(c) => compiler.constants[*c]
+            .to_i64()?
+            .first()
+            .and_then(|v| usize::try_from(*v).ok()),
         _ => None,
     }
 }
@@ -372,9 +456,13 @@ fn find_head(
 ) -> Option<(usize, usize)> {
     let mut name = logits;
     loop {
-        let node = nodes.iter().find(|node| node.outputs.iter().any(|output| output == name))?;
+        let node = nodes
+            .iter()
+            .find(|node| node.outputs.iter().any(|output| output == name))?;
         let sole = compiler.uses.get(name) == Some(&1);
-        let index = steps.iter().position(|step| !node.name.is_empty() && step.name == node.name)?;
+        let index = steps
+            .iter()
+            .position(|step| !node.name.is_empty() && step.name == node.name)?;
         match node.op_type.as_str() {
             "MatMul" | "MatMulNBits" if sole => {
                 let input = node.input(0)?;

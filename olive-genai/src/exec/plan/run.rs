@@ -37,13 +37,26 @@ impl Plan {
         let batch = input.totals.len();
         let past = cache.lengths().to_vec();
         if input.steps == 0 || input.tokens.len() != batch * input.steps || past.len() != batch {
-            let found = format!("{} tokens for {batch} row(s) of {}", input.tokens.len(), input.steps);
-            return Err(Error::tensor("input_ids", "a token for every row and step", found));
+            let found = format!(
+                "{} tokens for {batch} row(s) of {}",
+                input.tokens.len(),
+                input.steps
+            );
+            return Err(Error::tensor(
+                "input_ids",
+                "a token for every row and step",
+                found,
+            ));
         }
         workspace.slots.clear();
         workspace.slots.resize(self.slots, None);
         self.feed(&mut workspace.slots, &past, input);
-        let new: Vec<usize> = input.totals.iter().zip(&past).map(|(total, past)| total - past.min(total)).collect();
+        let new: Vec<usize> = input
+            .totals
+            .iter()
+            .zip(&past)
+            .map(|(total, past)| total - past.min(total))
+            .collect();
         {
             let mut state = RunState {
                 slots: &mut workspace.slots,
@@ -68,9 +81,17 @@ impl Plan {
         };
         let vocabulary = logits.shape().last().copied().unwrap_or(0);
         let shape = logits.shape().to_vec();
-        let given = shape.iter().product::<usize>().checked_div(batch * vocabulary).unwrap_or(0);
+        let given = shape
+            .iter()
+            .product::<usize>()
+            .checked_div(batch * vocabulary)
+            .unwrap_or(0);
         if shape.len() != 3 || shape[0] != batch || (given != input.steps && given != 1) {
-            return Err(Error::tensor("logits", format!("[{batch}, {}, n]", input.steps), format!("{shape:?}")));
+            return Err(Error::tensor(
+                "logits",
+                format!("[{batch}, {}, n]", input.steps),
+                format!("{shape:?}"),
+            ));
         }
         cache.set_lengths(input.totals);
         let logits = logits.into_vec();
@@ -82,7 +103,9 @@ impl Plan {
 
     /// Gives a spent buffer of logits back.
     pub fn recycle(workspace: &mut Workspace, logits: Vec<f32>) {
-        workspace.pool.give(Value::F32(Tensor::new([logits.len()], logits)));
+        workspace
+            .pool
+            .give(Value::F32(Tensor::new([logits.len()], logits)));
     }
 
     fn feed(&self, slots: &mut [Option<Value>], past: &[usize], input: RunInput<'_>) {
@@ -132,7 +155,10 @@ fn last_rows(data: &[f32], new: &[usize], rows: usize, width: usize) -> Vec<f32>
         let at = (b * rows + new.saturating_sub(1)) * width;
         &data[at..at + width]
     };
-    new.iter().enumerate().flat_map(|row_of| row(row_of).iter().copied()).collect()
+    new.iter()
+        .enumerate()
+        .flat_map(|row_of| row(row_of).iter().copied())
+        .collect()
 }
 
 fn run_step(step: &Step, state: &mut RunState<'_>) -> Result<()> {
@@ -161,9 +187,9 @@ fn run_step(step: &Step, state: &mut RunState<'_>) -> Result<()> {
                 let Some(output) = *output else { continue };
                 ctx.state.slots[output] = match source {
                     Source::Slot(slot) => ctx.state.slots[*slot].clone(),
-                    Source::Constant(c) => {
-                        ctx.state.overrides[*c].clone().or_else(|| Some(ctx.state.constants[*c].clone()))
-                    }
+                    Source::Constant(c) => ctx.state.overrides[*c]
+                        .clone()
+                        .or_else(|| Some(ctx.state.constants[*c].clone())),
                     Source::Absent | Source::Cache(_) => None,
                 };
             }

@@ -107,11 +107,19 @@ fn check(random: &mut Random, weight: &NBitsWeight, rows: usize, points: Points)
 #[test]
 fn the_number_of_threads_does_not_change_a_bit() {
     let mut random = Random(3);
-    let shape = NBitsShape { n: 515, k: 1024, bits: 4, block: 32 };
+    let shape = NBitsShape {
+        n: 515,
+        k: 1024,
+        bits: 4,
+        block: 32,
+    };
     let weight = random_weight(&mut random, shape, Points::Packed);
     let a: Vec<f32> = (0..3 * 1024).map(|_| random.float()).collect();
     let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
         let mut out = vec![0.0; 3 * 515];
         pool.install(|| weight.matmul(&a, true, &mut out));
         out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
@@ -122,8 +130,15 @@ fn the_number_of_threads_does_not_change_a_bit() {
 #[test]
 fn sizes_that_do_not_fit_are_errors() {
     let tensor = |bytes: usize| ir::Tensor::inline("w", OnnxType::Uint8, [bytes], vec![0; bytes]).unwrap();
-    let shape = NBitsShape { n: 2, k: 32, bits: 4, block: 32 };
-    let make = |shape, bytes, scales| NBitsWeight::new(shape, tensor(bytes), vec![0.0; scales], ZeroPoints::Constant(8));
+    let shape = NBitsShape {
+        n: 2,
+        k: 32,
+        bits: 4,
+        block: 32,
+    };
+    let make = |shape, bytes, scales| {
+        NBitsWeight::new(shape, tensor(bytes), vec![0.0; scales], ZeroPoints::Constant(8))
+    };
     assert!(make(shape, 32, 2).is_ok());
     assert!(make(shape, 31, 2).is_err());
     assert!(make(shape, 32, 3).is_err());

@@ -170,7 +170,11 @@ fn float_dot(weight: &NBitsWeight, n: usize, values: &[f32]) -> f32 {
     let mut sum = _mm256_setzero_ps();
     for (g, eight) in packed.chunks_exact(8).enumerate() {
         let block = g * 64 / weight.bits / weight.block;
-        let at = if weight.bits == 4 { g / 2 * 32 + g % 2 * 8 } else { g * 8 };
+        let at = if weight.bits == 4 {
+            g / 2 * 32 + g % 2 * 8
+        } else {
+            g * 8
+        };
         let needed = if weight.bits == 4 { 24 } else { 8 };
         let Some(values) = values.get(at..).filter(|v| v.len() >= needed) else {
             break;

@@ -103,7 +103,7 @@ fn integer_tile<const BITS: usize, const N: usize, const M: usize>(
                     _mm512_permutexvar_epi32(index, _mm512_cvtepu8_epi32(eight))
                 }
             };
-            for c in 0..M {
+            for (c, sum) in sums[r].iter_mut().enumerate() {
                 let at = (m + c) * acts.units + u;
                 // SAFETY: `values` holds `unit` bytes, `negative_sums` and `scales` 16 values for every unit `at`.
                 let (values, negative, act_scale) = unsafe {
@@ -127,7 +127,7 @@ fn integer_tile<const BITS: usize, const N: usize, const M: usize>(
                     dot = _mm512_dpbusd_epi32(dot, packed, first);
                 }
                 let dot = _mm512_cvtepi32_ps(dot);
-                sums[r][c] = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, act_scale), sums[r][c]);
+                *sum = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, act_scale), *sum);
             }
         }
     }
@@ -145,7 +145,11 @@ pub fn float_piece(weight: &NBitsWeight, features: Range<usize>, acts: &FloatAct
             let values = &acts.values[m * acts.width..(m + 1) * acts.width];
             // SAFETY: only called for `Isa::Avx512Vnni`, which is used where the processor has these instructions.
             *out = unsafe {
-                if weight.bits == 4 { float_dot4(weight, n, values) } else { float_dot8(weight, n, values) }
+                if weight.bits == 4 {
+                    float_dot4(weight, n, values)
+                } else {
+                    float_dot8(weight, n, values)
+                }
             };
         }
     }
@@ -192,7 +196,12 @@ fn float_dot8(weight: &NBitsWeight, n: usize, values: &[f32]) -> f32 {
     for (g, (bytes, values)) in packed.chunks_exact(16).zip(values.chunks_exact(16)).enumerate() {
         let block = g * 16 / weight.block;
         // SAFETY: `bytes` holds 16 bytes and `values` 16 floats.
-        let (bytes, values) = unsafe { (_mm_loadu_si128(bytes.as_ptr().cast()), _mm512_loadu_ps(values.as_ptr())) };
+        let (bytes, values) = unsafe {
+            (
+                _mm_loadu_si128(bytes.as_ptr().cast()),
+                _mm512_loadu_ps(values.as_ptr()),
+            )
+        };
         let weights = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
         let weights = _mm512_sub_ps(weights, _mm512_set1_ps(weight.zero_point(n, block)));
         sum = _mm512_fmadd_ps(_mm512_mul_ps(weights, values), _mm512_set1_ps(scales[block]), sum);

@@ -178,7 +178,7 @@ impl Weights {
             block_size,
             has_zeros: true,
             making: Arc::new(Making {
-                make: Box::new(move || weights.read_packed(&stored)),
+                make: Box::new(move || weights.read_packed(&stored, block_size)),
                 made: Mutex::new(None),
             }),
         })
@@ -200,12 +200,17 @@ impl Weights {
         Ok(values)
     }
 
-    fn read_packed(&self, stored: &Stored) -> Result<BlockQuantized> {
+    fn read_packed(&self, stored: &Stored, block_size: usize) -> Result<BlockQuantized> {
         let mut joined: Option<BlockQuantized> = None;
         for (linear, rows) in &stored.parts {
             let WeightKind::Packed(matrix) = self.read(linear)?.weight else {
                 return Err(Error::tensor(&linear.name, "a packed weight", "a dense one"));
             };
+            if matrix.bits != 4 || matrix.group_size != block_size {
+                let found = format!("{} bits, groups of {}", matrix.bits, matrix.group_size);
+                let expected = format!("4 bits, groups of {block_size} as the config says");
+                return Err(Error::tensor(&linear.name, expected, found));
+            }
             let part = blocks_of(matrix.slice_rows(rows.clone()));
             match &mut joined {
                 None => joined = Some(part),

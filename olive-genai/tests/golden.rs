@@ -405,6 +405,28 @@ fn reasons_to_end_and_wrong_calls() {
     }
 }
 
+/// Prints the perplexity of a folder on the first 60 × 512 tokens of `data/wikitext2-test.txt`:
+/// `OLIVE_PERPLEXITY=<folder> cargo test --release -- --ignored --nocapture perplexity`.
+#[test]
+#[ignore = "measures, checks nothing"]
+fn perplexity() {
+    let Some(folder) = std::env::var_os("OLIVE_PERPLEXITY").map(PathBuf::from) else {
+        return;
+    };
+    let Some(text) = shared("data/wikitext2-test.txt") else {
+        return;
+    };
+    let model = Model::open(&folder).unwrap();
+    let ids = Tokenizer::new(&model)
+        .unwrap()
+        .encode(&std::fs::read_to_string(text).unwrap())
+        .unwrap();
+    let blocks = ids.chunks_exact(512).take(60);
+    let start = std::time::Instant::now();
+    let measured = olive_genai::perplexity(&model, blocks, &Default::default(), |_| {}).unwrap();
+    eprintln!("{}: {measured:?} in {:?}", folder.display(), start.elapsed());
+}
+
 /// Prints how fast folders answer: `OLIVE_SPEED=<folder> cargo test --release -- --ignored --nocapture speed`.
 #[test]
 #[ignore = "measures, checks nothing"]

@@ -1,21 +1,17 @@
-//! Clipping: the largest magnitude of each group among ten shrinks of its own, `m = max|w| · (1 - i / 20)` for `i` in
-//! `0..10`.
+//! Clipping: the largest magnitude of each group among evenly spaced shrinks of its own, down to half.
 //!
-//! First each group alone, as AutoAWQ does: the shrink with the least squared error of the group's share of the
-//! output, `dᵀ H_gg d` with `d = Q(clamp(w, -m, m)) - w`; the first of equals wins. Then, because the shares of a row's
-//! groups add up to one output and their errors may cancel, a few rounds over the groups of a row in turn, each taking
-//! the shrink with the least error of the whole row given the others, `d_gᵀ H_gg d_g + 2 d_gᵀ Σ H_gh d_h`. No round
-//! raises the row's error.
+//! Each group alone, as AutoAWQ does: ten shrinks `m = max|w| · (1 - i / 20)`, and of them the one with the least squared
+//! error of the group's share of the output, `dᵀ H_gg d` with `d = Q(clamp(w, -m, m)) - w`; the first of equals wins.
+//!
+//! Jointly: because the shares of a row's groups add up to one output and their errors may cancel, shrinks half as far
+//! apart, chosen as before and then in a few rounds over the groups of a row, each group taking the shrink with the
+//! least error of the whole row given the others, `d_gᵀ H_gg d_g + 2 d_gᵀ Σ H_gh d_h`. No round raises the row's error.
 
 use rayon::prelude::*;
 
 use crate::kernels::{View, product, row_dots};
 use crate::quantizer::affine::Affine;
 
-/// Shrinks that are tried, the first being none.
-const STEPS: usize = 10;
-/// The grid of shrinks is this fine.
-const GRID: f32 = 20.0;
 /// Rows that one task handles.
 const ROWS: usize = 32;
 /// Rounds over the groups of a row.
@@ -50,6 +46,11 @@ pub struct ClipSearch<'a> {
 }
 
 impl ClipSearch<'_> {
+    /// Shrinks that are tried, the first being none; the last leaves a little more than half.
+    fn steps(&self) -> usize {
+        if self.jointly { 20 } else { 10 }
+    }
+
     /// Searches the clips of `weight [rows, cols]`.
     pub fn run(&self, weight: &[f32]) -> Clip {
         let groups = self.cols / self.group_size;
@@ -77,24 +78,24 @@ impl ClipSearch<'_> {
 
     fn rows(&self, weight: &[f32], limits: &mut [f32], steps: &mut [u8]) -> (f64, f64) {
         let (cols, size) = (self.cols, self.group_size);
-        let (rows, groups) = (weight.len() / cols, cols / size);
+        let (rows, groups, n_steps) = (weight.len() / cols, cols / size, self.steps());
         // [groups, rows, steps, size] and their own errors [groups, rows, steps].
-        let mut deltas = vec![0.0f32; groups * rows * STEPS * size];
-        let mut own = Vec::with_capacity(groups * rows * STEPS);
-        let mut products = vec![0.0f32; rows * STEPS * size];
-        for (group, deltas) in deltas.chunks_exact_mut(rows * STEPS * size).enumerate() {
-            for (row, deltas) in deltas.chunks_exact_mut(STEPS * size).enumerate() {
+        let mut deltas = vec![0.0f32; groups * rows * n_steps * size];
+        let mut own = Vec::with_capacity(groups * rows * n_steps);
+        let mut products = vec![0.0f32; rows * n_steps * size];
+        for (group, deltas) in deltas.chunks_exact_mut(rows * n_steps * size).enumerate() {
+            for (row, deltas) in deltas.chunks_exact_mut(n_steps * size).enumerate() {
                 self.fill_deltas(&weight[row * cols + group * size..][..size], deltas);
             }
             let block = View::new(&self.gram[group * size * (cols + 1)..], [size, size], cols);
-            let all = View::new(deltas, [rows * STEPS, size], size);
+            let all = View::new(deltas, [rows * n_steps, size], size);
             product(&mut products, size, false, all, block);
             own.extend(row_dots(&products, deltas, size));
         }
         let mut chosen = vec![0; groups * rows];
         let mut state = RowErrors::new(self, rows, &deltas, &chosen);
         let before = state.total();
-        for (chosen, own) in chosen.iter_mut().zip(own.chunks_exact(STEPS)) {
+        for (chosen, own) in chosen.iter_mut().zip(own.chunks_exact(n_steps)) {
             *chosen = first_least(own.iter().copied());
         }
         state = RowErrors::new(self, rows, &deltas, &chosen);
@@ -118,7 +119,8 @@ impl ClipSearch<'_> {
     /// The largest magnitude that shrink `step` leaves.
     fn limit(&self, group: &[f32], step: usize) -> f32 {
         let largest = group.iter().fold(0.0f32, |largest, w| largest.max(w.abs()));
-        self.affine.round(largest * (1.0 - step as f32 / GRID))
+        self.affine
+            .round(largest * (1.0 - step as f32 / (2 * self.steps()) as f32))
     }
 
     /// `Q(clamp(w)) - w` for every shrink, one after the other.
@@ -133,6 +135,13 @@ impl ClipSearch<'_> {
                 *delta = self.affine.nearest(grid, w.clamp(-most, most)) - w;
             }
         }
+    }
+}
+
+impl ClipSearch<'_> {
+    /// The error of group-and-row `index` with shrink `step`.
+    fn at<'d>(&self, deltas: &'d [f32], index: usize, step: usize) -> &'d [f32] {
+        &deltas[(index * self.steps() + step) * self.group_size..][..self.group_size]
     }
 }
 
@@ -163,7 +172,7 @@ impl RowErrors {
         let mut delta = vec![0.0; rows * cols];
         for (index, step) in chosen.iter().enumerate() {
             let (group, row) = (index / rows, index % rows);
-            delta[row * cols + group * size..][..size].copy_from_slice(at(deltas, index, *step, size));
+            delta[row * cols + group * size..][..size].copy_from_slice(search.at(deltas, index, *step));
         }
         let mut state = Self {
             rows,
@@ -216,16 +225,17 @@ impl RowErrors {
                 .zip(&share[row * size..][..size])
                 .map(|(all, own)| all - own)
                 .collect();
-            let errors = (0..STEPS).map(|step| {
-                let cross: f64 = row_dots(at(deltas, index, step, size), &others, size).sum();
-                own[index * STEPS + step] + 2.0 * cross
+            let n_steps = search.steps();
+            let errors = (0..n_steps).map(|step| {
+                let cross: f64 = row_dots(search.at(deltas, index, step), &others, size).sum();
+                own[index * n_steps + step] + 2.0 * cross
             });
             let step = first_least(errors);
             if step == chosen[index] {
                 continue;
             }
-            let new = at(deltas, index, step, size);
-            let old = at(deltas, index, chosen[index], size);
+            let new = search.at(deltas, index, step);
+            let old = search.at(deltas, index, chosen[index]);
             for (change, (new, old)) in change[row * size..].iter_mut().zip(new.iter().zip(old)) {
                 *change = new - old;
             }
@@ -241,11 +251,6 @@ impl RowErrors {
             rows_of_group,
         );
     }
-}
-
-/// The error of row-and-group `index` with shrink `step`.
-fn at(deltas: &[f32], index: usize, step: usize, size: usize) -> &[f32] {
-    &deltas[(index * STEPS + step) * size..][..size]
 }
 
 /// Clamps `weight [rows, cols]` to `limits [rows, groups]`.

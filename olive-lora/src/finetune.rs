@@ -215,7 +215,7 @@ fn start(
             let snapshot = Snapshot::read(&folder, model.spec(), &identity.digest)?;
             Ok(Start::From(Box::new(snapshot)))
         }
-        None => Ok(Start::Fresh(adapter)),
+        None => Ok(Start::Fresh(Box::new(adapter))),
     }
 }
 

@@ -90,7 +90,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let total_steps = arguments.total_steps(plan.steps_per_epoch());
         let mut network = Network::load(model, context.progress, context.cancel)?;
         let snapshot = match start {
-            Start::Fresh(adapter) => fresh(adapter, total_steps, &identity),
+            Start::Fresh(adapter) => fresh(*adapter, total_steps, &identity),
             Start::From(snapshot) => *snapshot,
         };
         network.attach(&snapshot.adapter)?;
@@ -388,7 +388,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
 /// Where a run begins.
 pub(crate) enum Start {
     /// At step 0, from these values.
-    Fresh(Adapter),
+    Fresh(Box<Adapter>),
     /// Where an earlier run was.
     From(Box<Snapshot>),
 }

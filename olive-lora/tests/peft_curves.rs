@@ -1,4 +1,5 @@
 //! Training runs recorded with PEFT and the Trainer (see `tests/golden/peft`): losses, rates, norms, order, result.
+#![expect(clippy::unwrap_used, reason = "what fails to unwrap fails the test")]
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,5 @@
 //! Runs as a whole: interruption and continuation, threads, packed bases, refusals, the files that come out.
+#![expect(clippy::unwrap_used, reason = "what fails to unwrap fails the test")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -187,7 +187,9 @@ fn near(a: &[f32], b: &[f32]) {
 
 #[test]
 fn appending_rewinding_and_chunks_equal_a_fresh_run() {
-    for model in models() {
+    // Rounded activations turn the last bits of a sum into steps, so only float models are compared this closely.
+    let floats = |model: &Model| !model.folder().ends_with("int4-cpu");
+    for model in models().into_iter().filter(floats) {
         let params = greedy(&model, |p| {
             p.set("max_length", 40).unwrap();
         });

@@ -327,7 +327,11 @@ fn the_tutorial_parses_and_plans_as_written() {
         (lora["r"].as_i64(), lora["alpha"].as_f64()),
         (Some(64), Some(64.0))
     );
-    assert_eq!(lora["eval_dataset_size"], json!(0.3));
+    let split = |data: &str| lora[data]["load_dataset_config"]["split"].clone();
+    assert_eq!(
+        (split("train_data_config"), split("eval_data_config")),
+        (json!("train[:70%]"), json!("train[70%:]"))
+    );
     assert_eq!(lora["training_args"]["eval_strategy"], "steps");
     assert_eq!(lora["train_data_config"]["name"], "dataset_default_train");
     assert!(!lora.contains_key("double_quant"));
@@ -369,10 +373,10 @@ fn the_azure_parts_of_the_tutorial_say_what_they_need() {
     let mut changed = assembled(&blocks, 1, 4);
     let files = "/data_configs/0/load_dataset_config/params/data_files/config";
     let config = changed.pointer_mut(files).unwrap().as_object_mut().unwrap();
-    config.insert("datastore".to_owned(), json!("x"));
+    config.insert("datastore_nam".to_owned(), json!("x"));
     let error = read(changed).unwrap_err().to_string();
     assert!(
-        error.contains("data_files.config.datastore`, did you mean `datastore_name`?"),
+        error.contains("data_files.config.datastore_nam`, did you mean `datastore_name`?"),
         "{error}"
     );
 }

@@ -324,8 +324,77 @@ impl<'a> Resolver<'a> {
         for param in &params {
             self.param(entry, param, path, search, &mut planned)?;
         }
+        self.hold_out(&mut planned, path)?;
         self.block_pass(&planned);
         Ok(planned)
+    }
+
+    /// Earlier releases let a training pass hold out a part of its rows for evaluation. Here these are two splits of
+    /// one data config: the first rows to train on, the last ones to evaluate on.
+    fn hold_out(&mut self, planned: &mut PlannedPass, path: &str) -> Result<()> {
+        let Some(size) = planned.params.get("eval_dataset_size").and_then(Value::as_f64) else {
+            return Ok(());
+        };
+        let key = format!("{path}.eval_dataset_size");
+        planned.params.shift_remove("eval_dataset_size");
+        planned.given.retain(|name| name != "eval_dataset_size");
+        if planned.data.iter().any(|(name, _)| name == "eval_data_config") {
+            self.warn(format!("key `{key}` has no effect: `eval_data_config` is given"));
+            return Ok(());
+        }
+        let Some((_, train)) = planned
+            .data
+            .iter_mut()
+            .find(|(name, _)| name == "train_data_config")
+        else {
+            return Ok(());
+        };
+        let whole = train
+            .load_dataset
+            .get("split")
+            .and_then(Value::as_str)
+            .unwrap_or("train")
+            .to_owned();
+        if whole.contains(['[', '+']) {
+            return Err(self.wrong(
+                key,
+                "an `eval_data_config`, since the split is cut already",
+                whole,
+            ));
+        }
+        let (head, tail) = if size > 0.0 && size < 1.0 {
+            let percent = ((1.0 - size) * 100.0).round().clamp(1.0, 99.0);
+            (format!("[:{percent}%]"), format!("[{percent}%:]"))
+        } else if size >= 1.0 && size.fract() == 0.0 {
+            (format!("[:-{size}]"), format!("[-{size}:]"))
+        } else {
+            return Err(self.wrong(
+                key,
+                "a part between 0 and 1, or a number of rows",
+                size.to_string(),
+            ));
+        };
+        let mut eval = train.clone();
+        eval.name = format!("{}_held_out", train.name);
+        train
+            .load_dataset
+            .insert("split".to_owned(), Value::from(format!("{whole}{head}")));
+        eval.load_dataset
+            .insert("split".to_owned(), Value::from(format!("{whole}{tail}")));
+        let line = format!(
+            "`{key}`: rows {whole}{head} of `{}` are trained on, {whole}{tail} held out",
+            train.name
+        );
+        planned
+            .params
+            .insert("train_data_config".to_owned(), train.to_value());
+        planned
+            .params
+            .insert("eval_data_config".to_owned(), eval.to_value());
+        planned.given.push("eval_data_config".to_owned());
+        planned.data.push(("eval_data_config".to_owned(), eval));
+        self.warn(line);
+        Ok(())
     }
 
     /// Gives one parameter its value, or the values that are tried.
@@ -391,6 +460,10 @@ impl<'a> Resolver<'a> {
 
     /// Notes why a pass cannot run here.
     fn block_pass(&mut self, planned: &PlannedPass) {
+        for (_, data) in &planned.data {
+            self.block_data(data);
+        }
+        self.block_host(&planned.host);
         let Some(pass) = self.registry.find(&planned.kind) else {
             let reason = match passes::find(&planned.kind) {
                 Some(KnownPass { runs: true, .. }) => "is not built into this program",
@@ -412,10 +485,6 @@ impl<'a> Resolver<'a> {
         for note in notes {
             self.warn(note);
         }
-        for (_, data) in planned.data.iter() {
-            self.block_data(data);
-        }
-        self.block_host(&planned.host);
     }
 
     fn block_data(&mut self, data: &DataConfig) {

@@ -1,3 +1,5 @@
 //! The integration tests of the workspace, in one binary.
 
+mod anchors;
+mod families;
 mod tidy;

@@ -1,6 +1,7 @@
 //! What a workflow will do: every reference resolved, every parameter filled in, every reason why it cannot run
 //! known before anything runs.
 
+mod blockers;
 mod display;
 mod resolve;
 

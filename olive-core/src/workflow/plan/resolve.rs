@@ -5,12 +5,12 @@ use serde_json::{Map, Value};
 use super::{Named, Pipeline, Plan, PlannedPass, Step};
 use crate::error::{Error, Result, nearest_name};
 use crate::pass::ParamKind;
-use crate::workflow::registry::{PassRegistry, params_for};
-use crate::workflow::schema::passes::{self, DEFAULT_VALUE, KnownKind, KnownPass, SEARCHABLE_VALUES};
+use crate::workflow::registry::PassRegistry;
+use crate::workflow::schema::passes::{self, DEFAULT_VALUE, KnownKind, SEARCHABLE_VALUES};
 use crate::workflow::schema::read::Reader;
 use crate::workflow::schema::{
-    Build, DataConfig, EvaluatorConfig, Location, ModelSource, ModelType, PassEntry, Reference, RunConfig,
-    SearchConfig, System, SystemKind,
+    Build, DataConfig, EvaluatorConfig, ModelSource, ModelType, PassEntry, Reference, RunConfig,
+    SearchConfig, System,
 };
 
 /// A parameter as resolving needs it, from the table or from a registered pass.
@@ -24,8 +24,8 @@ struct Param {
 }
 
 pub(super) struct Resolver<'a> {
-    config: &'a RunConfig,
-    registry: &'a PassRegistry,
+    pub(super) config: &'a RunConfig,
+    pub(super) registry: &'a PassRegistry,
     warnings: Vec<String>,
     blockers: Vec<String>,
 }
@@ -66,17 +66,22 @@ impl<'a> Resolver<'a> {
         })
     }
 
-    fn wrong(&self, key: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> Error {
+    pub(super) fn wrong(
+        &self,
+        key: impl Into<String>,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) -> Error {
         Error::config(self.config.origin.as_str(), key, expected, found)
     }
 
-    fn block(&mut self, reason: String) {
+    pub(super) fn block(&mut self, reason: String) {
         if !self.blockers.contains(&reason) {
             self.blockers.push(reason);
         }
     }
 
-    fn warn(&mut self, line: String) {
+    pub(super) fn warn(&mut self, line: String) {
         if !self.warnings.contains(&line) {
             self.warnings.push(line);
         }
@@ -217,7 +222,7 @@ impl<'a> Resolver<'a> {
         self.wrong(key, expected, format!("`{name}`"))
     }
 
-    fn system(&self, reference: Option<Reference<System>>, key: &str) -> Result<Named<System>> {
+    pub(super) fn system(&self, reference: Option<Reference<System>>, key: &str) -> Result<Named<System>> {
         Ok(match reference {
             None => Named {
                 name: String::new(),
@@ -455,111 +460,6 @@ impl<'a> Resolver<'a> {
             value
         };
         planned.params.insert(param.name.clone(), value);
-        Ok(())
-    }
-
-    /// Notes why a pass cannot run here.
-    fn block_pass(&mut self, planned: &PlannedPass) {
-        for (_, data) in &planned.data {
-            self.block_data(data);
-        }
-        self.block_host(&planned.host);
-        let Some(pass) = self.registry.find(&planned.kind) else {
-            let reason = match passes::find(&planned.kind) {
-                Some(KnownPass { runs: true, .. }) => "is not built into this program",
-                _ => "belongs to another vendor's tools and can only be planned",
-            };
-            self.block(format!("the pass {} {reason}", planned.kind));
-            return;
-        };
-        let mut values = planned.params.clone();
-        for (name, tried) in &planned.search {
-            if let Some(value) = tried.first() {
-                values.insert(name.clone(), value.clone());
-            }
-        }
-        let mut notes = Vec::new();
-        if let Err(error) = params_for(pass, passes::find(&planned.kind), &values, &mut notes) {
-            self.block(error.to_string());
-        }
-        for note in notes {
-            self.warn(note);
-        }
-    }
-
-    fn block_data(&mut self, data: &DataConfig) {
-        for remote in &data.remote {
-            if let Location::Azure(resource) = remote {
-                self.block(format!("data config `{}` needs {}", data.name, resource.need()));
-            }
-        }
-    }
-
-    fn block_host(&mut self, host: &Named<System>) {
-        match host.value.kind {
-            SystemKind::Local => {}
-            SystemKind::AzureMl => self.block(format!(
-                "the host `{}` is a compute of Azure Machine Learning: jobs are not sent there; \
-                 run this program on that compute, or give a host of type LocalSystem",
-                host.name
-            )),
-            kind => self.warn(format!(
-                "the host `{}` is of type {}: passes need neither Python nor a container and run in this process",
-                host.name,
-                kind.name()
-            )),
-        }
-    }
-
-    /// Notes what lives elsewhere, or needs Python.
-    fn block_remote(&mut self) -> Result<()> {
-        let model = &self.config.input_model;
-        for location in [&model.path, &model.adapter].into_iter().flatten() {
-            if let Location::Azure(resource) = location {
-                self.block(format!("the input model needs {}", resource.need()));
-            }
-        }
-        match &model.kind {
-            ModelType::Hf | ModelType::Onnx => {}
-            ModelType::Composite if self.config.builds.iter().any(|(_, b)| !b.components.is_empty()) => {}
-            kind => self.block(format!(
-                "input models of type {} are not opened here; give an HfModel or an ONNXModel",
-                kind.name()
-            )),
-        }
-        let workflow_host = self.system(self.config.workflow_host.clone(), "workflow_host")?;
-        self.block_host(&workflow_host);
-        for packaging in &self.config.engine.packaging {
-            if packaging.kind.to_ascii_lowercase().starts_with("azureml") {
-                self.block(format!(
-                    "packaging of type {} registers in Azure Machine Learning; give `Zipfile` and register it with \
-                     `az ml model create`",
-                    packaging.kind
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    /// A search ranks by objectives; without any there is nothing to search for.
-    fn check_objectives(&self, steps: &[Step], evaluator: Option<&Named<EvaluatorConfig>>) -> Result<()> {
-        if steps.is_empty() {
-            return Ok(());
-        }
-        let expected = "an evaluator, or `search_strategy: false`";
-        let Some(evaluator) = evaluator else {
-            return Err(self.wrong("evaluator", expected, "a search without one"));
-        };
-        let key = format!("evaluators.{}.metrics", evaluator.name);
-        let metrics = &evaluator.value.metrics;
-        let ranked = metrics
-            .iter()
-            .flat_map(|m| &m.sub_types)
-            .filter(|s| s.priority.is_some());
-        let on_tasks = metrics.iter().any(|metric| metric.kind == "tasks");
-        if ranked.count() == 0 && !on_tasks {
-            return Err(self.wrong(key, "a `priority` for each objective", "none"));
-        }
         Ok(())
     }
 }

@@ -69,10 +69,7 @@ impl Pass for Add {
         self.runs.fetch_add(1, Ordering::SeqCst);
         let int = |key: &str| config.values()[key].as_i64().unwrap();
         let sum = held(model) + int("by");
-        if int("by") == int("fail_at")
-            && !Path::new("/nonexistent").exists()
-            && std::env::var("TOY_MENDED").is_err()
-        {
+        if int("by") == int("fail_at") {
             return Err(Error::unsupported("this number", "it is the one that fails"));
         }
         let folder = context.output.join("model");

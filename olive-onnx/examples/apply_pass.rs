@@ -34,7 +34,8 @@ fn main() -> ExitCode {
 
 fn apply(name: &str, parameters: &str, input: &Path, output: &Path) -> olive_core::Result<String> {
     let pass = passes::find(name)?;
-    let given: Map<String, Value> = serde_json::from_str(parameters).map_err(olive_core::Error::json("parameters"))?;
+    let given: Map<String, Value> =
+        serde_json::from_str(parameters).map_err(olive_core::Error::json("parameters"))?;
     let first = pass.run_on_folder(&given, input, output)?;
     if !output.join("model.onnx").is_file() {
         return Ok(format!("changed {} again -", first.changed));

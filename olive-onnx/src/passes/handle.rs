@@ -1,37 +1,26 @@
-//! [`ModelHandle`] of an ONNX folder.
+//! [`ModelHandle`] of an ONNX folder that a pass has just written: its sizes are those of the model that it was made
+//! from, so it needs no `config.json`, and it may be split.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use olive_core::arch::{self, ModelSpec};
+use olive_core::arch::ModelSpec;
 use olive_core::model::fingerprint_files;
 use olive_core::{Error, Fingerprint, ModelHandle, ModelKind, Result, TensorInfo, TensorSource};
 
 use crate::ir::{Model, Tensor};
-use crate::model::OnnxFolder;
 
-/// An ONNX model folder with what is known about its model.
-pub struct OnnxModel {
+/// What a pass gives.
+pub struct WrittenModel {
     path: PathBuf,
     spec: ModelSpec,
     constants: Constants,
 }
 
-impl OnnxModel {
-    /// Opens a model folder that holds a `config.json`, where the sizes come from.
-    ///
-    /// # Errors
-    /// As [`OnnxFolder::open`] and [`arch::read_spec`].
-    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let folder = OnnxFolder::open(path)?;
-        let spec = arch::read_spec(folder.path())?;
-        let path = folder.path().to_path_buf();
-        Ok(Self::of(&path, spec, &[folder.into_model()]))
-    }
-
-    /// A folder that a stage has just written; `spec` is that of the model it was made from.
-    pub fn of(path: &Path, spec: ModelSpec, models: &[Model]) -> Self {
+impl WrittenModel {
+    /// The folder `path`, which holds `models`.
+    pub fn new(path: &Path, spec: ModelSpec, models: &[Model]) -> Self {
         let constants = models.iter().flat_map(|model| &model.graph.initializers);
         let entries = constants.filter_map(|tensor| {
             let dtype = tensor.dtype().to_core()?;
@@ -70,7 +59,7 @@ impl TensorSource for Constants {
     }
 }
 
-impl ModelHandle for OnnxModel {
+impl ModelHandle for WrittenModel {
     fn kind(&self) -> ModelKind {
         ModelKind::Onnx
     }

@@ -7,10 +7,12 @@ mod config;
 mod llama;
 mod mistral;
 mod phi3;
+pub mod quantization;
 mod qwen;
 mod spec;
 
-pub use config::{QuantizationConfig, RawConfig};
+pub use config::RawConfig;
+pub use quantization::{ModuleQuantization, QuantizationConfig};
 pub use spec::{
     Activation, AttentionLayout, Family, LayerNames, LinearRole, LinearSpec, MlpLayout, ModelSpec,
     RopeScaling, RopeSpec,

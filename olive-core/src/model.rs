@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::arch::{self, ModelSpec};
-use crate::checkpoint::{Checkpoint, TensorSource};
+use crate::checkpoint::{Checkpoint, INDEX_FILE, TensorSource};
 use crate::error::{Error, Result};
-use crate::fsio;
+use crate::{fsio, weight};
 
 /// The file that describes an output folder.
 pub const MODEL_CONFIG_FILE: &str = "model_config.json";
@@ -153,7 +153,19 @@ impl HfModel {
         let mut known = std::collections::BTreeSet::new();
         let mut absent = Vec::new();
         for (name, shape) in self.spec.dense_tensors() {
-            match self.checkpoint.info(&name) {
+            let module = name.trim_end_matches(".weight");
+            let quantization = self.spec.quantization.as_ref().filter(|_| shape.len() == 2);
+            let dense = self.checkpoint.info(&name);
+            if let Some(quantization) = quantization
+                && let Some(parts) = weight::packed_parts(&self.checkpoint, quantization, module)?
+            {
+                let missing = |part: &&String| self.checkpoint.info(part).is_none();
+                absent.extend(parts.required.iter().filter(missing).cloned());
+                known.extend(parts.required);
+                known.extend(parts.optional);
+                continue;
+            }
+            match dense {
                 Some(info) if info.shape != shape => {
                     return Err(Error::tensor(
                         name,
@@ -162,16 +174,6 @@ impl HfModel {
                     ));
                 }
                 Some(_) => _ = known.insert(name),
-                None if self.spec.is_quantized() && name.contains(".layers.") && shape.len() == 2 => {
-                    let module = name.trim_end_matches(".weight");
-                    for part in ["qweight", "qzeros", "scales"] {
-                        let part = format!("{module}.{part}");
-                        if self.checkpoint.info(&part).is_none() {
-                            absent.push(part.clone());
-                        }
-                        known.insert(part);
-                    }
-                }
                 None => absent.push(name),
             }
         }
@@ -197,6 +199,13 @@ impl HfModel {
             });
         }
         Ok(())
+    }
+
+    /// The safetensors files, and the index of a sharded checkpoint.
+    pub fn weight_files(&self) -> Vec<PathBuf> {
+        let index = self.path.join(INDEX_FILE);
+        let shards = self.checkpoint.files().map(Path::to_path_buf);
+        shards.chain(index.is_file().then_some(index)).collect()
     }
 
     /// The files of a Hugging Face folder that go along with the weights: configs, tokenizer, chat template.

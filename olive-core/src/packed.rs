@@ -1,6 +1,11 @@
 //! Block-quantized matrices in one canonical order, and the orders that other tools store.
 
 pub mod awq_gemm;
+pub mod compressed_tensors;
+pub mod gptq;
+pub mod nf4;
+pub mod olive;
+pub(crate) mod parts;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -193,7 +198,10 @@ pub fn unpack_rows(packed: &[u8], rows: usize, cols: usize, bits: usize) -> Vec<
 }
 
 #[cfg(test)]
-mod tests {
+mod tests;
+
+#[cfg(test)]
+mod matrix_tests {
     use super::*;
     use proptest::prelude::*;
 

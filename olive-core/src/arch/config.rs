@@ -2,44 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::quantization::QuantizationConfig;
 use super::spec::{Activation, RopeScaling, RopeSpec};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-
-/// `quantization_config` of a quantized checkpoint.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct QuantizationConfig {
-    /// `awq`, `gptq`, `olive`, `bitsandbytes`, `compressed-tensors`, …
-    pub quant_method: String,
-    /// Bits of a weight.
-    #[serde(default = "four")]
-    pub bits: usize,
-    /// Inputs that share a scale.
-    #[serde(default = "group_128")]
-    pub group_size: i64,
-    /// The layout within a method, as AutoAWQ writes it: `gemm`.
-    #[serde(default)]
-    pub version: Option<String>,
-    /// Whether zero points are stored.
-    #[serde(default = "yes")]
-    pub zero_point: bool,
-    /// Modules that stay dense.
-    #[serde(default)]
-    pub modules_to_not_convert: Option<Vec<String>>,
-}
-
-fn four() -> usize {
-    4
-}
-fn group_128() -> i64 {
-    128
-}
-fn yes() -> bool {
-    true
-}
 
 /// A parsed `config.json`, with errors that name the file and the key.
 pub struct RawConfig {
@@ -200,12 +168,12 @@ impl RawConfig {
         let Some(value) = self.get("quantization_config") else {
             return Ok(None);
         };
-        let read = QuantizationConfig::deserialize(value);
-        read.map(Some).map_err(|e| {
+        let read = QuantizationConfig::read(value);
+        read.map(Some).map_err(|found| {
             self.error(
                 "quantization_config",
                 "a quantization config with `quant_method`",
-                e.to_string(),
+                found,
             )
         })
     }

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use super::config::{QuantizationConfig, RawConfig};
+use super::config::RawConfig;
+use super::quantization::QuantizationConfig;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 

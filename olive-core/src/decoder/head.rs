@@ -8,6 +8,7 @@ use crate::arch::ModelSpec;
 use crate::checkpoint::TensorSource;
 use crate::data::IGNORED_LABEL;
 use crate::error::{Error, Result};
+use crate::weight::WeightKind;
 
 /// Elements of the logits that exist at a time.
 const CHUNK_ELEMENTS: usize = 1 << 20;
@@ -19,6 +20,12 @@ pub struct Embedding<B: Backend> {
     pub weight: Tensor<B, 2>,
 }
 
+/// A table `[vocab, hidden]`, dequantized if it is packed.
+fn read_table(source: &dyn TensorSource, spec: &ModelSpec, name: &str, shape: [usize; 2]) -> Result<Vec<f32>> {
+    let module = name.trim_end_matches(".weight");
+    Ok(WeightKind::read(source, spec.quantization.as_ref(), module, shape)?.into_dense())
+}
+
 impl<B: Backend> Embedding<B> {
     /// Reads the embedding.
     ///
@@ -26,7 +33,7 @@ impl<B: Backend> Embedding<B> {
     /// Those of reading a tensor that must exist with that shape and be finite.
     pub fn load(source: &dyn TensorSource, spec: &ModelSpec, device: &B::Device) -> Result<Self> {
         let shape = [spec.vocab_size, spec.hidden_size];
-        let values = source.read_f32_checked(spec.embedding_name(), &shape)?;
+        let values = read_table(source, spec, spec.embedding_name(), shape)?;
         let weight = Tensor::from_data(TensorData::new(values, shape), device);
         Ok(Self { weight })
     }
@@ -103,7 +110,7 @@ impl<B: Backend> Head<B> {
             Some(embedding) => embedding.weight.clone(),
             None => {
                 let shape = [spec.vocab_size, spec.hidden_size];
-                let values = source.read_f32_checked(spec.lm_head_name(), &shape)?;
+                let values = read_table(source, spec, spec.lm_head_name(), shape)?;
                 Tensor::from_data(TensorData::new(values, shape), device)
             }
         };

@@ -11,6 +11,7 @@ use burn::tensor::{Tensor, TensorData};
 
 use super::dropout::DropoutStream;
 use crate::packed::QuantMatrix;
+use crate::packed::nf4::Nf4Matrix;
 use crate::weight::{LinearWeight, WeightKind};
 
 /// Elements of a packed weight that are dequantized at a time.
@@ -23,6 +24,8 @@ pub enum BaseWeight<B: Backend> {
     Dense(Tensor<B, 2>),
     /// Packed integers in host memory.
     Packed(Arc<QuantMatrix>),
+    /// Packed normal floats in host memory.
+    Nf4(Arc<Nf4Matrix>),
 }
 
 impl<B: Backend> BaseWeight<B> {
@@ -31,6 +34,7 @@ impl<B: Backend> BaseWeight<B> {
         match self {
             Self::Dense(weight) => weight.dims(),
             Self::Packed(matrix) => [matrix.rows, matrix.cols],
+            Self::Nf4(matrix) => [matrix.rows, matrix.cols],
         }
     }
 
@@ -38,11 +42,11 @@ impl<B: Backend> BaseWeight<B> {
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         match self {
             Self::Dense(weight) => x.matmul(weight.clone().transpose()),
-            Self::Packed(matrix) => {
-                let blocks = row_blocks(matrix)
+            packed => {
+                let blocks = row_blocks(packed.shape())
                     .map(|rows| {
                         x.clone()
-                            .matmul(dequantize(matrix, rows, &x.device()).transpose())
+                            .matmul(packed.dequantize(rows, &x.device()).transpose())
                     })
                     .collect();
                 Tensor::cat(blocks, 1)
@@ -54,37 +58,39 @@ impl<B: Backend> BaseWeight<B> {
     pub fn backward(&self, dy: Tensor<B, 2>) -> Tensor<B, 2> {
         match self {
             Self::Dense(weight) => dy.matmul(weight.clone()),
-            Self::Packed(matrix) => {
+            packed => {
                 let [n, _] = dy.dims();
-                let blocks = row_blocks(matrix).map(|rows| {
+                let [_, cols] = packed.shape();
+                let blocks = row_blocks(packed.shape()).map(|rows| {
                     let part = dy.clone().slice([0..n, rows.clone()]);
-                    part.matmul(dequantize(matrix, rows, &dy.device()))
+                    part.matmul(packed.dequantize(rows, &dy.device()))
                 });
                 blocks
                     .reduce(|sum, block| sum + block)
-                    .unwrap_or_else(|| Tensor::zeros([n, matrix.cols], &dy.device()))
+                    .unwrap_or_else(|| Tensor::zeros([n, cols], &dy.device()))
             }
         }
+    }
+
+    /// Rows of the weight, dense.
+    fn dequantize(&self, rows: std::ops::Range<usize>, device: &B::Device) -> Tensor<B, 2> {
+        let [_, cols] = self.shape();
+        let mut values = vec![0.0f32; rows.len() * cols];
+        match self {
+            Self::Dense(weight) => return weight.clone().slice([rows, 0..cols]),
+            Self::Packed(matrix) => matrix.dequantize_rows(rows.start, &mut values),
+            Self::Nf4(matrix) => matrix.dequantize_rows(rows.start, &mut values),
+        }
+        Tensor::from_data(TensorData::new(values, [rows.len(), cols]), device)
     }
 }
 
 /// Ranges of rows that are dequantized together.
-fn row_blocks(matrix: &QuantMatrix) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let rows = matrix.rows;
-    let step = (BLOCK_ELEMENTS / matrix.cols.max(1)).max(1);
+fn row_blocks([rows, cols]: [usize; 2]) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let step = (BLOCK_ELEMENTS / cols.max(1)).max(1);
     (0..rows)
         .step_by(step)
         .map(move |first| first..(first + step).min(rows))
-}
-
-fn dequantize<B: Backend>(
-    matrix: &QuantMatrix,
-    rows: std::ops::Range<usize>,
-    device: &B::Device,
-) -> Tensor<B, 2> {
-    let mut values = vec![0.0f32; rows.len() * matrix.cols];
-    matrix.dequantize_rows(rows.start, &mut values);
-    Tensor::from_data(TensorData::new(values, [rows.len(), matrix.cols]), device)
 }
 
 /// The low-rank part `s · B A` of a linear.
@@ -133,6 +139,7 @@ impl<B: Backend> Linear<B> {
                 BaseWeight::Dense(Tensor::from_data(TensorData::new(values, [rows, cols]), device))
             }
             WeightKind::Packed(matrix) => BaseWeight::Packed(Arc::new(matrix)),
+            WeightKind::Nf4(matrix) => BaseWeight::Nf4(Arc::new(matrix)),
         };
         let bias = stored
             .bias

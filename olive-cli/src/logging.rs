@@ -1,6 +1,6 @@
 //! Logs on stderr, at the level of `--log_level`.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 use indicatif::MultiProgress;
 use tracing::level_filters::LevelFilter;
@@ -18,6 +18,7 @@ pub fn init(level: u8, progress: MultiProgress) {
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_target(false)
+        .with_ansi(io::stderr().is_terminal())
         .with_writer(AboveProgress(progress))
         .init();
 }

@@ -243,6 +243,72 @@ fn data_that_does_not_fit_the_template_names_column_and_line() {
 #[test]
 fn an_adapter_for_another_model_is_refused_by_name() {
     let out = tempfile::tempdir().unwrap();
+    let golden = repository().join("tests/golden/peft");
+    let (model, runs) = (golden.join("phi3"), golden.join("runs"));
+    let (fitting, other) = (
+        runs.join("phi3-linear/adapter_final"),
+        runs.join("llama-linear/adapter_final"),
+    );
+    let folder = out.path().join("onnx");
+    let words = [
+        "capture-onnx-graph",
+        "-m",
+        text(&model),
+        "-a",
+        text(&fitting),
+        "-o",
+        text(&folder),
+    ];
+    succeeds(&words);
+
+    let file = out.path().join("travel");
+    let written = file.with_extension("onnx_adapter");
+    fails(
+        &[
+            "convert-adapters",
+            "-a",
+            text(&other),
+            "-m",
+            text(&folder),
+            "-o",
+            text(&file),
+        ],
+        1,
+        &["model.layers.0.attn.k_proj.lora_B"],
+    );
+    assert!(!file.exists() && !written.exists());
+    succeeds(&[
+        "convert-adapters",
+        "-a",
+        text(&fitting),
+        "-m",
+        text(&folder),
+        "-o",
+        text(&file),
+    ]);
+    assert!(written.is_file());
+
+    let output = out.path().join("other");
+    let tiny = tiny();
+    fails(
+        &[
+            "auto-opt",
+            "-m",
+            text(&tiny),
+            "-a",
+            text(&other),
+            "-o",
+            text(&output),
+        ],
+        1,
+        &["layers.0"],
+    );
+    assert_eq!(files(&output), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn a_built_folder_answers_as_text_and_as_json() {
+    let out = tempfile::tempdir().unwrap();
     let folder = out.path().join("onnx");
     let model = tiny();
     let said = succeeds(&[
@@ -263,35 +329,6 @@ fn an_adapter_for_another_model_is_refused_by_name() {
     ] {
         assert!(onnx.join(name).is_file(), "{name}");
     }
-
-    let adapter = repository().join("tests/golden/peft/runs/llama-linear/adapter_final");
-    let file = out.path().join("travel");
-    let words = [
-        "convert-adapters",
-        "-a",
-        text(&adapter),
-        "-m",
-        text(&onnx),
-        "-o",
-        text(&file),
-    ];
-    fails(&words, 1, &["layers"]);
-    assert!(!file.exists() && !file.with_extension("onnx_adapter").exists());
-    let output = out.path().join("other");
-    fails(
-        &[
-            "auto-opt",
-            "-m",
-            text(&model),
-            "-a",
-            text(&adapter),
-            "-o",
-            text(&output),
-        ],
-        1,
-        &["layers"],
-    );
-    assert_eq!(files(&output), Vec::<PathBuf>::new());
 
     let prompt = "In the evening";
     let words = [

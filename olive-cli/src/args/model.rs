@@ -10,7 +10,8 @@ use super::parse_flag;
 #[derive(Debug, Args)]
 pub struct ModelArgs {
     /// A model folder, an output folder of olive, or `org/name` of the hub
-    #[arg(short = 'm', long = "model_name_or_path")]
+    // `--model` alone would also be a prefix of `--model_script`.
+    #[arg(short = 'm', long = "model_name_or_path", alias = "model")]
     pub model_name_or_path: String,
     /// The model's task; text generation is the only one
     #[arg(short = 't', long = "task")]

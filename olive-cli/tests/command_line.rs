@@ -1,5 +1,7 @@
 //! The binary from outside: exit codes, messages, and that a failed command leaves nothing half-written.
 
+#![expect(clippy::unwrap_used, reason = "an unwrap that fails is a failed test")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};

@@ -39,10 +39,10 @@ impl Progress for Bars {
             bar.set_style(style.progress_chars("=> "));
         }
         bar.set_prefix(stage.to_owned());
-        if let Ok(mut current) = self.stage.lock() {
-            if let Some(before) = current.replace(bar) {
-                before.abandon();
-            }
+        if let Ok(mut current) = self.stage.lock()
+            && let Some(before) = current.replace(bar)
+        {
+            before.abandon();
         }
     }
 

@@ -3,18 +3,20 @@
 //! Every kernel splits its work into pieces whose borders depend on the shapes alone and sums in a fixed order, so the
 //! number of threads never changes a bit of the result.
 
-pub mod activation;
-pub mod attention;
-pub mod dense;
-pub mod exp;
+pub(crate) mod activation;
+mod aligned;
+pub(crate) mod attention;
+pub(crate) mod dense;
+pub(crate) mod exp;
 pub mod isa;
 pub mod nbits;
-pub mod norm;
-pub mod parallel;
-pub mod rope;
+pub(crate) mod norm;
+mod panel;
+pub(crate) mod parallel;
+pub(crate) mod rope;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
 pub use isa::{Isa, isa};
-pub use nbits::{NBitsWeight, ZeroPoints};
+pub use nbits::{NBitsShape, NBitsWeight, ZeroPoints};

@@ -4,10 +4,16 @@
 //! neighbouring 4-bit elements, so for 4 bits the even elements of a unit come first, then the odd ones. A unit has 16
 //! *lanes*; a lane is the elements of four packed bytes, the piece that one 32-bit sum of a vector holds.
 
+use rayon::prelude::*;
+
+use super::aligned::Aligned;
 use super::isa::{isa, multiversion};
 
 /// Lanes of a unit.
 pub const LANES: usize = 16;
+
+/// Rows that a thread rounds at least.
+const ROWS: usize = 8;
 
 /// Elements of a unit.
 pub const fn unit_elements(bits: usize) -> usize {
@@ -22,11 +28,11 @@ pub struct QuantActivations {
     /// Units of a row.
     pub units: usize,
     /// `[rows, units, unit]`, zero behind the row's end.
-    pub values: Vec<i8>,
+    pub values: Aligned<i8>,
     /// `[rows, units, 16]`: minus the sum of the lane's values.
-    pub negative_sums: Vec<i32>,
+    pub negative_sums: Aligned<i32>,
     /// `[rows, units, 16]`: the scale of the lane's block.
-    pub scales: Vec<f32>,
+    pub scales: Aligned<f32>,
 }
 
 impl QuantActivations {
@@ -38,25 +44,36 @@ impl QuantActivations {
         let mut this = Self {
             rows,
             units,
-            values: vec![0; rows * units * unit],
-            negative_sums: vec![0; rows * units * LANES],
-            scales: vec![0.0; rows * units * LANES],
+            values: Aligned::new(rows * units * unit),
+            negative_sums: Aligned::new(rows * units * LANES),
+            scales: Aligned::new(rows * units * LANES),
         };
         let isa = isa();
-        let rows = values
-            .chunks_exact(k.max(1))
-            .zip(this.values.chunks_exact_mut((units * unit).max(1)));
         let lanes = (units * LANES).max(1);
-        let lanes = this
-            .scales
-            .chunks_exact_mut(lanes)
-            .zip(this.negative_sums.chunks_exact_mut(lanes));
-        for ((row, quantized), (scales, sums)) in rows.zip(lanes) {
-            if bits == 4 {
-                quantize_row_4(isa, row, quantized, scales, sums, block);
-            } else {
-                quantize_row_8(isa, row, quantized, scales, sums, block);
-            }
+        let quantize =
+            |((row, quantized), (scales, sums)): ((&[f32], &mut [i8]), (&mut [f32], &mut [i32]))| {
+                if bits == 4 {
+                    quantize_row_4(isa, row, quantized, scales, sums, block);
+                } else {
+                    quantize_row_8(isa, row, quantized, scales, sums, block);
+                }
+            };
+        if rows == 1 {
+            quantize((
+                (&values[..k], &mut *this.values),
+                (&mut *this.scales, &mut *this.negative_sums),
+            ));
+        } else {
+            let values = values.par_chunks_exact(k.max(1));
+            let quantized = this.values.par_chunks_exact_mut((units * unit).max(1));
+            let scales = this.scales.par_chunks_exact_mut(lanes);
+            let sums = this.negative_sums.par_chunks_exact_mut(lanes);
+            let lanes = scales.zip(sums);
+            values
+                .zip(quantized)
+                .zip(lanes)
+                .with_min_len(ROWS)
+                .for_each(quantize);
         }
         this
     }

@@ -161,11 +161,7 @@ fn stream_rows_plain(a: &[f32], b: &[f32], n: usize, first: usize, out: &mut [f3
     }
 }
 
-multiversion! {
-    /// `Σ a[i] · b[i]`.
-    pub fn dot(isa; a: &[f32], b: &[f32]) -> f32 = dot_plain
-}
-
+/// `Σ a[i] · b[i]`.
 #[inline(always)]
 pub(super) fn dot_plain(a: &[f32], b: &[f32]) -> f32 {
     const WIDTH: usize = 16;

@@ -10,12 +10,17 @@ use olive_onnx::ir;
 
 use super::activation::{FloatActivations, LANES, QuantActivations, unit_elements};
 use super::isa::{Isa, isa};
+use super::panel::Panel;
+#[cfg(target_arch = "x86_64")]
+use super::x86_64::{avx2, avx512};
 use super::{dense, parallel, scalar};
 
 /// Output features that one piece of work holds.
 const PIECE: usize = 64;
 /// From this many rows on, float activations are multiplied with unpacked pieces of `PIECE` features.
 const FLOAT_TILE_ROWS: usize = 8;
+/// From this many rows on, rounded activations are multiplied with unpacked panels.
+const PANEL_ROWS: usize = 8;
 /// Readable bytes that the kernels may load behind the last zero point.
 pub(super) const ZERO_POINT_PADDING: usize = 8;
 
@@ -171,6 +176,15 @@ impl NBitsWeight {
         }
     }
 
+    /// The zero point of a block of a weight whose zero points are integers.
+    pub(super) fn integer_zero_point(&self, n: usize, block: usize) -> i32 {
+        match &self.zero_points {
+            ZeroPoints::Constant(z) => i32::from(*z),
+            ZeroPoints::Bytes(bytes) => i32::from(bytes[n * self.blocks + block]),
+            ZeroPoints::Floats(_) => 0,
+        }
+    }
+
     /// Writes the values of output feature `n`.
     pub fn dequantize_row(&self, n: usize, out: &mut [f32]) {
         let packed = self.row(n);
@@ -259,7 +273,8 @@ impl NBitsWeight {
     }
 }
 
-/// Integer products of some output features with all rows; `out` is `[features, rows]`.
+/// Integer products of some output features with all rows; `out` is `[features, rows]`. Every version gives the same
+/// bits: a unit's 16 lanes are summed apart, with one rounding a unit, and then added up in halves.
 fn integer_piece(
     isa: Isa,
     weight: &NBitsWeight,
@@ -267,12 +282,51 @@ fn integer_piece(
     acts: &QuantActivations,
     out: &mut [f32],
 ) {
+    if isa != Isa::Scalar && acts.rows >= PANEL_ROWS {
+        return panel_pieces(isa, weight, features, acts, out);
+    }
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni => super::x86_64::avx512::integer_piece(weight, features, acts, out),
+        // SAFETY: `NBitsWeight::matmul_with` uses only what the processor has.
+        Isa::Avx512Vnni => unsafe { avx512::integer_piece(weight, features, acts, out) },
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => super::x86_64::avx2::integer_piece(weight, features, acts, out),
+        // SAFETY: as above.
+        Isa::Avx2 => unsafe { avx2::integer_piece(weight, features, acts, out) },
         _ => scalar::integer_piece(weight, features, acts, out),
+    }
+}
+
+/// [`integer_piece`] for many rows, a panel at a time.
+fn panel_pieces(
+    isa: Isa,
+    weight: &NBitsWeight,
+    features: Range<usize>,
+    acts: &QuantActivations,
+    out: &mut [f32],
+) {
+    let mut panel = Panel::new(weight, features.len());
+    let step = panel.features;
+    for (first, out) in features
+        .clone()
+        .step_by(step)
+        .zip(out.chunks_mut(step * acts.rows))
+    {
+        let part = first..(first + step).min(features.end);
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => {
+                panel.unpack(weight, part);
+                // SAFETY: `NBitsWeight::matmul_with` uses only what the processor has.
+                unsafe { avx512::panel_piece(weight.bits, &panel, acts, out) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => {
+                panel.unpack(weight, part);
+                // SAFETY: as above.
+                unsafe { avx2::panel_piece(weight.bits, &panel, acts, out) }
+            }
+            _ => scalar::integer_piece(weight, part, acts, out),
+        }
     }
 }
 
@@ -286,9 +340,11 @@ fn float_piece(
 ) {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni => super::x86_64::avx512::float_piece(weight, features, acts, out),
+        // SAFETY: `NBitsWeight::matmul_with` uses only what the processor has.
+        Isa::Avx512Vnni => unsafe { avx512::float_piece(weight, features, acts, out) },
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => super::x86_64::avx2::float_piece(weight, features, acts, out),
+        // SAFETY: as above.
+        Isa::Avx2 => unsafe { avx2::float_piece(weight, features, acts, out) },
         _ => scalar::float_piece(weight, features, acts, out),
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::activation::{FloatActivations, LANES, QuantActivations, unit_elements};
-use super::nbits::{NBitsWeight, ZeroPoints};
+use super::nbits::NBitsWeight;
 
 /// See [`NBitsWeight::matmul`]; `out` is `[features, rows]`.
 pub fn integer_piece(weight: &NBitsWeight, features: Range<usize>, acts: &QuantActivations, out: &mut [f32]) {
@@ -17,18 +17,14 @@ pub fn integer_piece(weight: &NBitsWeight, features: Range<usize>, acts: &QuantA
 fn integer_dot(weight: &NBitsWeight, n: usize, acts: &QuantActivations, m: usize) -> f32 {
     let unit = unit_elements(weight.bits);
     let (packed, scales, lane_blocks) = (weight.row(n), weight.row_scales(n), weight.lane_blocks());
-    let mut sum = 0.0;
+    let mut sums = [0.0f32; LANES];
     for (u, bytes) in packed.chunks(64).enumerate() {
         let blocks = weight.unit_blocks(u);
         let values = &acts.values[(m * acts.units + u) * unit..][..unit];
         let at = (m * acts.units + u) * LANES;
         for (l, bytes) in bytes.chunks(4).enumerate() {
             let block = blocks.start + lane_blocks[l] as usize;
-            let zero = match &weight.zero_points {
-                ZeroPoints::Bytes(bytes) => i32::from(bytes[n * weight.blocks + block]),
-                _ => weight.zero_point(n, block) as i32,
-            };
-            let mut dot = acts.negative_sums[at + l] * zero;
+            let mut dot = acts.negative_sums[at + l] * weight.integer_zero_point(n, block);
             for (i, byte) in bytes.iter().enumerate() {
                 if weight.bits == 4 {
                     dot += i32::from(byte & 15) * i32::from(values[l * 4 + i]);
@@ -37,10 +33,18 @@ fn integer_dot(weight: &NBitsWeight, n: usize, acts: &QuantActivations, m: usize
                     dot += i32::from(*byte) * i32::from(values[l * 4 + i]);
                 }
             }
-            sum += dot as f32 * (scales[block] * acts.scales[at + l]);
+            sums[l] = (dot as f32).mul_add(scales[block] * acts.scales[at + l], sums[l]);
         }
     }
-    sum
+    // The order in which vectors add up: halves, until one is left.
+    let mut width = LANES / 2;
+    while width > 0 {
+        for l in 0..width {
+            sums[l] += sums[l + width];
+        }
+        width /= 2;
+    }
+    sums[0]
 }
 
 /// See [`NBitsWeight::matmul`]; `out` is `[features, rows]`.

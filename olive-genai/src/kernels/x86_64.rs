@@ -1,4 +1,4 @@
 //! Versions for x86-64 vectors.
 
-pub mod avx2;
-pub mod avx512;
+pub(super) mod avx2;
+pub(super) mod avx512;

@@ -146,3 +146,78 @@ fn sizes_that_do_not_fit_are_errors() {
     assert!(make(NBitsShape { block: 24, ..shape }, 32, 2).is_err());
     assert!(make(NBitsShape { k: 0, ..shape }, 0, 0).is_err());
 }
+
+/// Prints the time of products with one and with many rows for every instruction set:
+/// `cargo test --release -p olive-genai --lib -- --ignored --nocapture time_of_products`.
+#[test]
+#[ignore = "measures, checks nothing"]
+fn time_of_products() {
+    let mut random = Random(5);
+    for (bits, n, k) in [(4, 1536, 512), (4, 1024, 3072), (8, 1536, 512)] {
+        let shape = NBitsShape {
+            n,
+            k,
+            bits,
+            block: 32,
+        };
+        let weight = random_weight(&mut random, shape, Points::Packed);
+        for rows in [1, 512] {
+            let a: Vec<f32> = (0..rows * k).map(|_| random.float()).collect();
+            let mut out = vec![0.0; rows * n];
+            for (isa, quantize) in Isa::available().into_iter().flat_map(|i| [(i, true), (i, false)]) {
+                let runs = if rows == 1 { 200 } else { 5 };
+                let fastest = (0..runs)
+                    .map(|_| {
+                        let start = std::time::Instant::now();
+                        weight.matmul_with(isa, &a, quantize, &mut out);
+                        start.elapsed()
+                    })
+                    .min();
+                eprintln!(
+                    "{bits} bits [{n}, {k}] · {rows} rows, {} {}: {fastest:?}",
+                    isa.name(),
+                    if quantize { "integers" } else { "floats" }
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn every_instruction_set_and_number_of_rows_gives_the_same_bits_of_integer_products() {
+    let mut random = Random(11);
+    for bits in [4, 8] {
+        for (block, k) in [(16, 208), (32, 512), (32, 4128), (64, 96), (128, 640), (256, 300)] {
+            for points in [Points::Absent, Points::Packed] {
+                let shape = NBitsShape {
+                    n: 71,
+                    k,
+                    bits,
+                    block,
+                };
+                let weight = random_weight(&mut random, shape, points);
+                let rows = 23;
+                let a: Vec<f32> = (0..rows * k).map(|_| random.float()).collect();
+                let bits_of = |isa, rows: usize| {
+                    let mut bits = Vec::new();
+                    for a in a.chunks(rows * k) {
+                        let mut out = vec![f32::NAN; a.len() / k * weight.n];
+                        weight.matmul_with(isa, a, true, &mut out);
+                        bits.extend(out.iter().map(|v| v.to_bits()));
+                    }
+                    bits
+                };
+                let want = bits_of(Isa::Scalar, 1);
+                for isa in Isa::available() {
+                    for rows in [1, 2, 5, rows] {
+                        let same = want == bits_of(isa, rows);
+                        assert!(
+                            same,
+                            "{isa:?} {bits} bits block {block} k {k} {points:?} rows {rows}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}

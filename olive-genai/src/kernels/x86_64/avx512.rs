@@ -5,16 +5,24 @@ use std::ops::Range;
 
 use super::super::activation::{FloatActivations, LANES, QuantActivations, unit_elements};
 use super::super::nbits::{NBitsWeight, ZeroPoints};
+use super::super::panel::Panel;
+use super::avx2;
 
-/// Integer products; `out` is `[features, rows]`. The processor must have AVX-512 F, BW, VL and VNNI.
-pub fn integer_piece(weight: &NBitsWeight, features: Range<usize>, acts: &QuantActivations, out: &mut [f32]) {
-    // SAFETY: only called for `Isa::Avx512Vnni`, which is used where the processor has these instructions.
-    unsafe {
-        if weight.bits == 4 {
-            integer_features::<4>(weight, features, acts, out);
-        } else {
-            integer_features::<8>(weight, features, acts, out);
-        }
+/// Integer products of few rows; `out` is `[features, rows]`.
+///
+/// # Safety
+/// The processor must have what [`Isa::Avx512Vnni`](super::super::Isa) stands for.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub unsafe fn integer_piece(
+    weight: &NBitsWeight,
+    features: Range<usize>,
+    acts: &QuantActivations,
+    out: &mut [f32],
+) {
+    if weight.bits == 4 {
+        integer_features::<4>(weight, features, acts, out);
+    } else {
+        integer_features::<8>(weight, features, acts, out);
     }
 }
 
@@ -133,23 +141,168 @@ fn integer_tile<const BITS: usize, const N: usize, const M: usize>(
     }
     for (r, sums) in sums.iter().enumerate() {
         for (c, sum) in sums.iter().enumerate() {
-            out[r * acts.rows + m + c] = _mm512_reduce_add_ps(*sum);
+            out[r * acts.rows + m + c] = reduce(*sum);
         }
     }
 }
 
-/// Float products; `out` is `[features, rows]`. The processor must have AVX-512 F, BW and VL.
-pub fn float_piece(weight: &NBitsWeight, features: Range<usize>, acts: &FloatActivations, out: &mut [f32]) {
+/// Integer products of unpacked features with many rows; `out` is `[features, rows]`.
+///
+/// # Safety
+/// The processor must have what [`Isa::Avx512Vnni`](super::super::Isa) stands for.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub unsafe fn panel_piece(bits: usize, panel: &Panel, acts: &QuantActivations, out: &mut [f32]) {
+    if bits == 4 {
+        panel_rows::<4>(panel, acts, out);
+    } else {
+        panel_rows::<8>(panel, acts, out);
+    }
+}
+
+/// Four rows stay in the first-level cache while the panel passes by.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn panel_rows<const BITS: usize>(panel: &Panel, acts: &QuantActivations, out: &mut [f32]) {
+    let mut m = 0;
+    while m < acts.rows {
+        let wide = acts.rows - m >= 4;
+        let mut n = 0;
+        while n < panel.features {
+            let step = if panel.features - n >= 4 { 4 } else { 1 };
+            match (step, wide) {
+                (4, true) => panel_tile::<BITS, 4, 4>(panel, n, acts, m, out),
+                (4, false) => panel_tile::<BITS, 4, 1>(panel, n, acts, m, out),
+                (_, true) => panel_tile::<BITS, 1, 4>(panel, n, acts, m, out),
+                (_, false) => panel_tile::<BITS, 1, 1>(panel, n, acts, m, out),
+            }
+            n += step;
+        }
+        m += if wide { 4 } else { 1 };
+    }
+}
+
+/// `N` features of the panel from `n` on with `M` rows from `m` on.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+#[inline]
+fn panel_tile<const BITS: usize, const N: usize, const M: usize>(
+    panel: &Panel,
+    n: usize,
+    acts: &QuantActivations,
+    m: usize,
+    out: &mut [f32],
+) {
+    let unit = unit_elements(BITS);
+    let units = panel.units;
+    assert!(
+        acts.units == units && n + N <= panel.features && m + M <= acts.rows,
+        "invariant: the tile lies in both matrices"
+    );
+    let mut sums = [[_mm512_setzero_ps(); M]; N];
+    for u in 0..units {
+        for (r, sums) in sums.iter_mut().enumerate() {
+            let at = (n + r) * units + u;
+            // SAFETY: `elements` holds `unit` bytes, `zeros` and `scales` 16 values for every unit `at`; a 4-bit unit
+            // is 128 bytes, an 8-bit unit 64.
+            let (low, high, zero, scale) = unsafe {
+                let elements = panel.elements.as_ptr().add(at * unit);
+                (
+                    _mm512_loadu_si512(elements.cast()),
+                    _mm512_loadu_si512(elements.add(unit - 64).cast()),
+                    _mm512_loadu_si512(panel.zeros.as_ptr().add(at * LANES).cast()),
+                    _mm512_loadu_ps(panel.scales.as_ptr().add(at * LANES)),
+                )
+            };
+            for (c, sum) in sums.iter_mut().enumerate() {
+                let at = (m + c) * units + u;
+                // SAFETY: `values` holds `unit` bytes, `negative_sums` and `scales` 16 values for every unit `at`.
+                let (first, second, negative, act_scale) = unsafe {
+                    let values = acts.values.as_ptr().add(at * unit);
+                    (
+                        _mm512_loadu_si512(values.cast()),
+                        _mm512_loadu_si512(values.add(unit - 64).cast()),
+                        _mm512_loadu_si512(acts.negative_sums.as_ptr().add(at * LANES).cast()),
+                        _mm512_loadu_ps(acts.scales.as_ptr().add(at * LANES)),
+                    )
+                };
+                let mut dot = _mm512_madd_epi16(zero, negative);
+                dot = _mm512_dpbusd_epi32(dot, low, first);
+                if BITS == 4 {
+                    dot = _mm512_dpbusd_epi32(dot, high, second);
+                }
+                let dot = _mm512_cvtepi32_ps(dot);
+                *sum = _mm512_fmadd_ps(dot, _mm512_mul_ps(scale, act_scale), *sum);
+            }
+        }
+    }
+    for (r, sums) in sums.iter().enumerate() {
+        let out = &mut out[(n + r) * acts.rows + m..][..M];
+        if let (Ok(sums), Ok(out)) = (
+            <&[__m512; 4]>::try_from(&sums[..]),
+            <&mut [f32; 4]>::try_from(&mut *out),
+        ) {
+            reduce_four(sums, out);
+        } else {
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = reduce(*sum);
+            }
+        }
+    }
+}
+
+/// The sum of the lanes: halves are added until one is left.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn reduce(sum: __m512) -> f32 {
+    let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(sum)));
+    avx2::reduce(_mm512_castps512_ps256(sum), upper)
+}
+
+/// [`reduce`] for four vectors at once, with the same additions.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn reduce_four(sums: &[__m512; 4], out: &mut [f32; 4]) {
+    // Quarters of two vectors, `[a0 + a2, a1 + a3, b0 + b2, b1 + b3]`.
+    let [a, b, c, d] = *sums;
+    let ab = _mm512_add_ps(
+        _mm512_shuffle_f32x4::<0x44>(a, b),
+        _mm512_shuffle_f32x4::<0xee>(a, b),
+    );
+    let cd = _mm512_add_ps(
+        _mm512_shuffle_f32x4::<0x44>(c, d),
+        _mm512_shuffle_f32x4::<0xee>(c, d),
+    );
+    // One quarter of each vector.
+    let four = _mm512_add_ps(
+        _mm512_shuffle_f32x4::<0x88>(ab, cd),
+        _mm512_shuffle_f32x4::<0xdd>(ab, cd),
+    );
+    let two = _mm512_add_ps(four, _mm512_permute_ps::<0b11_10_11_10>(four));
+    let one = _mm512_add_ps(two, _mm512_permute_ps::<0b01_01_01_01>(two));
+    let firsts = _mm512_permutexvar_ps(
+        _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        one,
+    );
+    // SAFETY: `out` holds four floats.
+    unsafe { _mm_storeu_ps(out.as_mut_ptr(), _mm512_castps512_ps128(firsts)) };
+}
+
+/// Float products; `out` is `[features, rows]`.
+///
+/// # Safety
+/// The processor must have what [`Isa::Avx512Vnni`](super::super::Isa) stands for.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub unsafe fn float_piece(
+    weight: &NBitsWeight,
+    features: Range<usize>,
+    acts: &FloatActivations,
+    out: &mut [f32],
+) {
     for (n, out) in features.zip(out.chunks_exact_mut(acts.rows)) {
         for (m, out) in out.iter_mut().enumerate() {
             let values = &acts.values[m * acts.width..(m + 1) * acts.width];
-            // SAFETY: only called for `Isa::Avx512Vnni`, which is used where the processor has these instructions.
-            *out = unsafe {
-                if weight.bits == 4 {
-                    float_dot4(weight, n, values)
-                } else {
-                    float_dot8(weight, n, values)
-                }
+            *out = if weight.bits == 4 {
+                float_dot4(weight, n, values)
+            } else {
+                float_dot8(weight, n, values)
             };
         }
     }

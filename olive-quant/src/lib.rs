@@ -19,7 +19,6 @@ pub mod calibration;
 pub mod encode;
 pub mod kernels;
 pub mod layer;
-pub mod olive_layout;
 pub mod options;
 pub mod output;
 pub mod pass;
@@ -30,7 +29,6 @@ mod run;
 pub mod work;
 
 pub use calibration::CalibrationSet;
-pub use olive_layout::{Gptq, KQuant, OliveRtn, Rounding, SelectiveMixedPrecision, UniformOptions, quantize_uniform};
 pub use options::{Algorithm, QuantizeOptions, Search};
 pub use pass::{AutoAwqQuantizer, CalibrationProvider, Rtn};
 pub use preflight::{Preflight, preflight};

@@ -2,10 +2,4 @@
 
 pub mod affine;
 pub mod awq;
-pub mod gptq;
-pub mod hqq;
-pub mod kquant;
-pub mod minmax;
-pub mod mixed_precision;
-pub mod nf4;
 pub mod rtn;

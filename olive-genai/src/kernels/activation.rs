@@ -50,30 +50,20 @@ impl QuantActivations {
         };
         let isa = isa();
         let lanes = (units * LANES).max(1);
-        let quantize =
-            |((row, quantized), (scales, sums)): ((&[f32], &mut [i8]), (&mut [f32], &mut [i32]))| {
-                if bits == 4 {
-                    quantize_row_4(isa, row, quantized, scales, sums, block);
-                } else {
-                    quantize_row_8(isa, row, quantized, scales, sums, block);
-                }
-            };
+        let quantize = if bits == 4 { quantize_row_4 } else { quantize_row_8 };
         if rows == 1 {
-            quantize((
-                (&values[..k], &mut *this.values),
-                (&mut *this.scales, &mut *this.negative_sums),
-            ));
+            let (scales, sums) = (&mut this.scales, &mut this.negative_sums);
+            quantize(isa, &values[..k], &mut this.values, scales, sums, block);
         } else {
             let values = values.par_chunks_exact(k.max(1));
             let quantized = this.values.par_chunks_exact_mut((units * unit).max(1));
             let scales = this.scales.par_chunks_exact_mut(lanes);
             let sums = this.negative_sums.par_chunks_exact_mut(lanes);
-            let lanes = scales.zip(sums);
-            values
-                .zip(quantized)
-                .zip(lanes)
-                .with_min_len(ROWS)
-                .for_each(quantize);
+            let rows = values.zip(quantized).zip(scales.zip(sums));
+            rows.with_min_len(ROWS)
+                .for_each(|((row, quantized), (scales, sums))| {
+                    quantize(isa, row, quantized, scales, sums, block);
+                });
         }
         this
     }

@@ -282,21 +282,19 @@ fn integer_piece(
     acts: &QuantActivations,
     out: &mut [f32],
 ) {
-    if isa != Isa::Scalar && acts.rows >= PANEL_ROWS {
-        return panel_pieces(isa, weight, features, acts, out);
-    }
+    let few = acts.rows < PANEL_ROWS;
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `NBitsWeight::matmul_with` uses only what the processor has.
-        Isa::Avx512Vnni => unsafe { avx512::integer_piece(weight, features, acts, out) },
+        Isa::Avx512Vnni if few => unsafe { avx512::integer_piece(weight, features, acts, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Isa::Avx2 => unsafe { avx2::integer_piece(weight, features, acts, out) },
-        _ => scalar::integer_piece(weight, features, acts, out),
+        Isa::Avx2 if few => unsafe { avx2::integer_piece(weight, features, acts, out) },
+        _ => panel_pieces(isa, weight, features, acts, out),
     }
 }
 
-/// [`integer_piece`] for many rows, a panel at a time.
+/// [`integer_piece`] a panel at a time.
 fn panel_pieces(
     isa: Isa,
     weight: &NBitsWeight,
@@ -311,21 +309,15 @@ fn panel_pieces(
         .step_by(step)
         .zip(out.chunks_mut(step * acts.rows))
     {
-        let part = first..(first + step).min(features.end);
+        panel.unpack(isa, weight, first..(first + step).min(features.end));
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Vnni => {
-                panel.unpack(weight, part);
-                // SAFETY: `NBitsWeight::matmul_with` uses only what the processor has.
-                unsafe { avx512::panel_piece(weight.bits, &panel, acts, out) }
-            }
+            // SAFETY: `NBitsWeight::matmul_with` uses only what the processor has.
+            Isa::Avx512Vnni => unsafe { avx512::panel_piece(weight.bits, &panel, acts, out) },
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => {
-                panel.unpack(weight, part);
-                // SAFETY: as above.
-                unsafe { avx2::panel_piece(weight.bits, &panel, acts, out) }
-            }
-            _ => scalar::integer_piece(weight, part, acts, out),
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { avx2::panel_piece(weight.bits, &panel, acts, out) },
+            _ => scalar::panel_piece(weight.bits, &panel, acts, out),
         }
     }
 }

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::activation::{LANES, unit_elements};
 use super::aligned::Aligned;
-use super::isa::{isa, multiversion};
+use super::isa::{Isa, multiversion};
 use super::nbits::NBitsWeight;
 
 /// Bytes that a panel should not exceed: it is read once for every few rows and has to stay in the second-level cache.
@@ -47,11 +47,10 @@ impl Panel {
         }
     }
 
-    /// Unpacks output features, not more than the panel was made for.
-    pub fn unpack(&mut self, weight: &NBitsWeight, features: Range<usize>) {
+    /// Unpacks output features, not more than the panel was made for, with instructions that the processor has.
+    pub fn unpack(&mut self, isa: Isa, weight: &NBitsWeight, features: Range<usize>) {
         let unit = unit_elements(weight.bits);
         let lane_blocks = weight.lane_blocks();
-        let isa = isa();
         self.features = features.len();
         for (f, n) in features.enumerate() {
             let (row, row_scales) = (weight.row(n), weight.row_scales(n));

@@ -4,36 +4,49 @@ use std::ops::Range;
 
 use super::activation::{FloatActivations, LANES, QuantActivations, unit_elements};
 use super::nbits::NBitsWeight;
+use super::panel::Panel;
 
-/// See [`NBitsWeight::matmul`]; `out` is `[features, rows]`.
-pub fn integer_piece(weight: &NBitsWeight, features: Range<usize>, acts: &QuantActivations, out: &mut [f32]) {
-    for (n, out) in features.zip(out.chunks_exact_mut(acts.rows)) {
+/// Integer products of unpacked features with all rows; `out` is `[features, rows]`.
+pub fn panel_piece(bits: usize, panel: &Panel, acts: &QuantActivations, out: &mut [f32]) {
+    for (n, out) in (0..panel.features).zip(out.chunks_exact_mut(acts.rows)) {
         for (m, out) in out.iter_mut().enumerate() {
-            *out = integer_dot(weight, n, acts, m);
+            *out = if bits == 4 {
+                panel_dot::<4>(panel, n, acts, m)
+            } else {
+                panel_dot::<8>(panel, n, acts, m)
+            };
         }
     }
 }
 
-fn integer_dot(weight: &NBitsWeight, n: usize, acts: &QuantActivations, m: usize) -> f32 {
-    let unit = unit_elements(weight.bits);
-    let (packed, scales, lane_blocks) = (weight.row(n), weight.row_scales(n), weight.lane_blocks());
+/// Feature `n` of the panel with row `m`. Loops have fixed lengths, so that the compiler makes vectors of them.
+fn panel_dot<const BITS: usize>(panel: &Panel, n: usize, acts: &QuantActivations, m: usize) -> f32 {
+    let unit = unit_elements(BITS);
     let mut sums = [0.0f32; LANES];
-    for (u, bytes) in packed.chunks(64).enumerate() {
-        let blocks = weight.unit_blocks(u);
-        let values = &acts.values[(m * acts.units + u) * unit..][..unit];
-        let at = (m * acts.units + u) * LANES;
-        for (l, bytes) in bytes.chunks(4).enumerate() {
-            let block = blocks.start + lane_blocks[l] as usize;
-            let mut dot = acts.negative_sums[at + l] * weight.integer_zero_point(n, block);
-            for (i, byte) in bytes.iter().enumerate() {
-                if weight.bits == 4 {
-                    dot += i32::from(byte & 15) * i32::from(values[l * 4 + i]);
-                    dot += i32::from(byte >> 4) * i32::from(values[64 + l * 4 + i]);
-                } else {
-                    dot += i32::from(*byte) * i32::from(values[l * 4 + i]);
-                }
+    for u in 0..panel.units {
+        let (at, row_at) = (n * panel.units + u, m * acts.units + u);
+        let zeros = &panel.zeros[at * LANES..][..LANES];
+        let scales = &panel.scales[at * LANES..][..LANES];
+        let negative = &acts.negative_sums[row_at * LANES..][..LANES];
+        let row_scales = &acts.scales[row_at * LANES..][..LANES];
+        let mut dots = [0i32; LANES];
+        for l in 0..LANES {
+            dots[l] = negative[l] * zeros[l];
+        }
+        let elements = panel.elements[at * unit..][..unit].as_chunks::<64>().0;
+        let values = acts.values[row_at * unit..][..unit].as_chunks::<64>().0;
+        for (elements, values) in elements.iter().zip(values) {
+            // At most 255 · 127 each, which fits 16 bits.
+            let mut products = [0i16; 64];
+            for i in 0..64 {
+                products[i] = i16::from(elements[i]) * i16::from(values[i]);
             }
-            sums[l] = (dot as f32).mul_add(scales[block] * acts.scales[at + l], sums[l]);
+            for (dot, four) in dots.iter_mut().zip(products.as_chunks::<4>().0) {
+                *dot += four.iter().map(|p| i32::from(*p)).sum::<i32>();
+            }
+        }
+        for l in 0..LANES {
+            sums[l] = (dots[l] as f32).mul_add(scales[l] * row_scales[l], sums[l]);
         }
     }
     // The order in which vectors add up: halves, until one is left.

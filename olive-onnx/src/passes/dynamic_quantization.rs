@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 use super::params::{NODES_TO_EXCLUDE, param, searched, with_external_data};
 use super::peephole::clean;
-use super::rewrite::{FreshNames, constants, is_op, remove_dead};
+use super::rewrite::{FreshNames, constants, remove_dead};
 use super::{Draft, GraphPass, OnnxPass};
 use crate::ir::{Graph, Node, OnnxType, Tensor};
 

@@ -17,7 +17,7 @@ mod rtn;
 pub use blocks::{BlockQuantizer, Layout, pack, unpack};
 pub use hqq::PASS as HQQ;
 pub use kquant::PASS as KQUANT;
-pub use rtn::{PASS as RTN, Rtn};
+pub use rtn::PASS as RTN;
 
 use blocks::{Lazy, Zeros};
 

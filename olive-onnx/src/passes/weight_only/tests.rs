@@ -1,5 +1,6 @@
 use super::blocks::{BlockQuantizer, Integers, Layout};
 use super::hqq::Hqq;
+use super::rtn::Rtn;
 use super::kquant::KQuant;
 use super::*;
 use crate::ir::ValueInfo;

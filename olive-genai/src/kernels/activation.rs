@@ -79,12 +79,6 @@ multiversion! {
         = quantize_row::<8>
 }
 
-/// Place of element `i` of a unit.
-#[inline(always)]
-const fn place(i: usize, bits: usize) -> usize {
-    if bits == 4 { (i % 2) * 64 + i / 2 } else { i }
-}
-
 #[inline(always)]
 fn quantize_row<const BITS: usize>(
     row: &[f32],
@@ -95,26 +89,61 @@ fn quantize_row<const BITS: usize>(
 ) {
     let unit = unit_elements(BITS);
     let lane = unit / LANES;
-    for (b, values) in row.chunks(block).enumerate() {
-        let largest = values
-            .iter()
-            .fold(0.0f32, |m, v| if v.abs() > m { v.abs() } else { m });
-        let scale = largest / 127.0;
+    for (b, (values, out)) in row.chunks(block).zip(out.chunks_mut(block)).enumerate() {
+        let scale = largest_size(values) / 127.0;
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-        let start = b * block;
-        for (i, v) in values.iter().enumerate() {
-            let at = start + i;
-            out[at / unit * unit + place(at % unit, BITS)] = (v * inverse).round_ties_even() as i8;
+        for (out, v) in out.iter_mut().zip(values) {
+            *out = round(v * inverse);
         }
+        let start = b * block;
         let lanes = start / lane..(start + block).div_ceil(lane).min(scales.len());
         scales[lanes].fill(scale);
     }
-    for (values, sums) in out.chunks_exact(unit).zip(sums.chunks_exact_mut(LANES)) {
-        for half in values.chunks_exact(64) {
-            for (four, sum) in half.as_chunks::<4>().0.iter().zip(sums.iter_mut()) {
-                *sum -= four.iter().map(|v| i32::from(*v)).sum::<i32>();
-            }
+    for (values, sums) in out.chunks_exact_mut(unit).zip(sums.chunks_exact_mut(LANES)) {
+        for (values, sum) in values.chunks_exact(lane).zip(sums) {
+            *sum = -values.iter().map(|v| i32::from(*v)).sum::<i32>();
         }
+        if let ([values], []) = values.as_chunks_mut::<128>() {
+            split_pairs(values);
+        }
+    }
+}
+
+/// The largest absolute value. Sixteen are looked for side by side; their order does not matter.
+#[inline(always)]
+fn largest_size(values: &[f32]) -> f32 {
+    let larger = |m: f32, v: f32| if v.abs() > m { v.abs() } else { m };
+    let (parts, rest) = values.as_chunks::<16>();
+    let mut largest = [0.0f32; 16];
+    for part in parts {
+        for i in 0..16 {
+            largest[i] = larger(largest[i], part[i]);
+        }
+    }
+    for width in [8, 4, 2, 1] {
+        for i in 0..width {
+            largest[i] = larger(largest[i], largest[i + width]);
+        }
+    }
+    rest.iter().fold(largest[0], |m, v| larger(m, *v))
+}
+
+/// The nearest integer, the even one of two, for sizes up to 127: beside `1.5 · 2^23` floats are one apart, so the
+/// addition rounds. A conversion that checks its range would be done one by one.
+#[inline(always)]
+fn round(v: f32) -> i8 {
+    const BESIDE: f32 = 12_582_912.0;
+    (v + BESIDE).to_bits().wrapping_sub(BESIDE.to_bits()) as i8
+}
+
+/// Moves the even elements of a unit of 4-bit weights to the front.
+#[inline(always)]
+fn split_pairs(values: &mut [i8; 128]) {
+    let pairs = *values;
+    let (even, odd) = values.split_at_mut(64);
+    for i in 0..64 {
+        even[i] = pairs[2 * i];
+        odd[i] = pairs[2 * i + 1];
     }
 }
 
@@ -153,6 +182,31 @@ impl FloatActivations {
             rows,
             width,
             values: out,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_to_the_nearest_and_to_even() {
+        for i in -127 * 64..=127 * 64 {
+            let v = i as f32 / 64.0;
+            assert_eq!(round(v), v.round_ties_even() as i8, "{v}");
+        }
+        assert_eq!(round(f32::NAN), 0);
+    }
+
+    #[test]
+    fn the_largest_size_is_found_at_every_place() {
+        for len in [1, 15, 16, 17, 48, 100] {
+            for at in 0..len {
+                let mut values = vec![0.5; len];
+                values[at] = -3.0;
+                assert_eq!(largest_size(&values), 3.0);
+            }
         }
     }
 }

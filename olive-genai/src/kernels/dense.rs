@@ -177,21 +177,6 @@ pub(super) fn dot_plain(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum::<f32>() + rest
 }
 
-/// `out[c, r] = a[r, c]`.
-pub fn transpose(a: &[f32], rows: usize, columns: usize, out: &mut [f32]) {
-    const TILE: usize = 16;
-    parallel::for_pieces(out, TILE * rows, rows * columns, |i, out| {
-        let first = i * TILE;
-        for r0 in (0..rows).step_by(TILE) {
-            for (c, out) in out.chunks_exact_mut(rows).enumerate() {
-                for r in r0..(r0 + TILE).min(rows) {
-                    out[r] = a[r * columns + first + c];
-                }
-            }
-        }
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -231,16 +216,6 @@ mod tests {
                     );
                 }
             }
-        }
-    }
-
-    #[test]
-    fn transpose_moves_every_element() {
-        for (r, c) in [(1, 5), (16, 16), (17, 33), (100, 3)] {
-            let a = numbers(r * c, 3);
-            let mut out = vec![0.0; r * c];
-            transpose(&a, r, c, &mut out);
-            assert!((0..r).all(|i| (0..c).all(|j| out[j * r + i] == a[i * c + j])));
         }
     }
 }

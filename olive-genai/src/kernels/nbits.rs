@@ -224,30 +224,22 @@ impl NBitsWeight {
         if rows == 0 {
             return;
         }
-        let mut transposed = Vec::new();
-        let columns: &mut [f32] = if rows == 1 {
-            out
-        } else {
-            transposed.resize(rows * self.n, 0.0);
-            &mut transposed
-        };
+        let features = |i: usize| i * PIECE..(i * PIECE + PIECE).min(self.n);
+        let out = &mut out[..rows * self.n];
         if integers {
             let acts = QuantActivations::new(activations, self.k, self.bits, self.block);
-            parallel::for_pieces(columns, PIECE * rows, work, |i, out| {
-                integer_piece(isa, self, i * PIECE..(i * PIECE + PIECE).min(self.n), &acts, out);
+            parallel::for_columns(out, self.n, PIECE, work, |i, out| {
+                integer_piece(isa, self, features(i), &acts, out);
             });
         } else if rows < FLOAT_TILE_ROWS {
             let acts = FloatActivations::new(activations, self.k, self.bits);
-            parallel::for_pieces(columns, PIECE * rows, work, |i, out| {
-                float_piece(isa, self, i * PIECE..(i * PIECE + PIECE).min(self.n), &acts, out);
+            parallel::for_columns(out, self.n, PIECE, work, |i, out| {
+                float_piece(isa, self, features(i), &acts, out);
             });
         } else {
-            parallel::for_pieces(columns, PIECE * rows, work, |i, out| {
-                self.unpacked_piece(i * PIECE..(i * PIECE + PIECE).min(self.n), activations, out);
+            parallel::for_columns(out, self.n, PIECE, work, |i, out| {
+                self.unpacked_piece(features(i), activations, out);
             });
-        }
-        if rows > 1 {
-            dense::transpose(&transposed, self.n, rows, &mut out[..rows * self.n]);
         }
     }
 

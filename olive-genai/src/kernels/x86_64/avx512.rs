@@ -159,7 +159,8 @@ pub unsafe fn panel_piece(bits: usize, panel: &Panel, acts: &QuantActivations, o
     }
 }
 
-/// Four rows stay in the first-level cache while the panel passes by.
+/// Four rows stay in the first-level cache while the panel passes by. The sums of two features, with what is loaded of
+/// four rows, fill the registers.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn panel_rows<const BITS: usize>(panel: &Panel, acts: &QuantActivations, out: &mut [f32]) {
     let mut m = 0;
@@ -167,10 +168,10 @@ fn panel_rows<const BITS: usize>(panel: &Panel, acts: &QuantActivations, out: &m
         let wide = acts.rows - m >= 4;
         let mut n = 0;
         while n < panel.features {
-            let step = if panel.features - n >= 4 { 4 } else { 1 };
+            let step = if panel.features - n >= 2 { 2 } else { 1 };
             match (step, wide) {
-                (4, true) => panel_tile::<BITS, 4, 4>(panel, n, acts, m, out),
-                (4, false) => panel_tile::<BITS, 4, 1>(panel, n, acts, m, out),
+                (2, true) => panel_tile::<BITS, 2, 4>(panel, n, acts, m, out),
+                (2, false) => panel_tile::<BITS, 2, 1>(panel, n, acts, m, out),
                 (_, true) => panel_tile::<BITS, 1, 4>(panel, n, acts, m, out),
                 (_, false) => panel_tile::<BITS, 1, 1>(panel, n, acts, m, out),
             }

@@ -46,14 +46,16 @@ pub fn for_columns(
         let count = width.min(columns - first);
         let mut block = vec![0.0f32; count * rows];
         f(i, &mut block);
-        for r0 in (0..rows).step_by(TILE) {
-            for c0 in (0..count).step_by(TILE) {
-                let tile = read_transposed(&block[c0 * rows + r0..], rows, [count - c0, rows - r0]);
-                let length = TILE.min(count - c0);
-                for (r, values) in tile.iter().enumerate().take(rows - r0) {
-                    // SAFETY: the row and the columns lie in the matrix, which is borrowed exclusively until every
-                    // piece is done, and no other piece touches these columns.
-                    unsafe { matrix.write((r0 + r) * columns + first + c0, &values[..length]) };
+        // A cache line of four columns at a time.
+        for r0 in (0..rows).step_by(LINE) {
+            for c0 in (0..count).step_by(4) {
+                for r in (r0..rows.min(r0 + LINE)).step_by(4) {
+                    let (quads, length) = (quads(&block[c0 * rows + r..], rows), 4.min(count - c0));
+                    for (i, quad) in quads.iter().enumerate().take(rows - r) {
+                        // SAFETY: the row and the columns lie in the matrix, which is borrowed exclusively until
+                        // every piece is done, and no other piece touches these columns.
+                        unsafe { matrix.write((r + i) * columns + first + c0, &quad[..length]) };
+                    }
                 }
             }
         }
@@ -66,20 +68,22 @@ pub fn for_columns(
     }
 }
 
-/// Rows and columns that are transposed at once: a cache line of floats.
-const TILE: usize = 16;
+/// Floats of a cache line.
+const LINE: usize = 16;
 
-/// The upper left `[columns, rows]` of a matrix with rows of `stride` values, transposed; at most a tile of it.
-fn read_transposed(block: &[f32], stride: usize, [columns, rows]: [usize; 2]) -> [[f32; TILE]; TILE] {
-    let mut tile = [[0.0f32; TILE]; TILE];
-    for c in 0..columns.min(TILE) {
-        let column = &block[c * stride..];
-        match column.first_chunk::<TILE>() {
-            Some(column) if rows >= TILE => (0..TILE).for_each(|r| tile[r][c] = column[r]),
-            _ => (0..rows.min(TILE)).for_each(|r| tile[r][c] = column[r]),
-        }
-    }
-    tile
+/// Four values of four rows with `stride` values, transposed; zero where the matrix ends.
+#[inline(always)]
+fn quads(block: &[f32], stride: usize) -> [[f32; 4]; 4] {
+    let row = |c: usize| {
+        let row = block.get(c * stride..).unwrap_or_default();
+        row.first_chunk::<4>().copied().unwrap_or_else(|| {
+            let mut padded = [0.0; 4];
+            padded[..row.len()].copy_from_slice(row);
+            padded
+        })
+    };
+    let [a, b, c, d] = [row(0), row(1), row(2), row(3)];
+    [0, 1, 2, 3].map(|i| [a[i], b[i], c[i], d[i]])
 }
 
 /// A matrix that several threads write to, each its own columns.
@@ -93,9 +97,15 @@ impl SharedMatrix {
     ///
     /// # Safety
     /// The places are in the matrix and no other thread uses them.
+    #[inline(always)]
     unsafe fn write(&self, at: usize, values: &[f32]) {
         // SAFETY: the caller's promise.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.0.add(at), values.len()) }
+        unsafe {
+            match values.first_chunk::<4>() {
+                Some(four) if values.len() == 4 => self.0.add(at).cast::<[f32; 4]>().write(*four),
+                _ => std::ptr::copy_nonoverlapping(values.as_ptr(), self.0.add(at), values.len()),
+            }
+        }
     }
 }
 

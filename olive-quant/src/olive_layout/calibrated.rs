@@ -16,9 +16,6 @@ use crate::quantizer::awq::statistics::InputStatistics;
 use crate::quantizer::gptq::{self, GptqOptions, Weight};
 use crate::quantizer::minmax::MinMax;
 
-/// Group size of statistics that GPTQ does not look at.
-const UNUSED_GROUP: usize = 1;
-
 /// Writes all tensors of the checkpoint.
 ///
 /// # Errors
@@ -32,7 +29,7 @@ pub(super) fn write<B: Backend>(run: &Run<'_>, calibration: &CalibrationSet, sin
     for index in 0..spec.n_layers {
         let mut layer = DecoderLayer::<B>::load(source, spec, index, &device)?;
         for half in [Half::Attention, Half::Mlp] {
-            let (_, statistics) = hidden.run(half, &layer, [UNUSED_GROUP; 2])?;
+            let (_, statistics) = hidden.run(half, &layer)?;
             for (input, statistics) in half.inputs().into_iter().zip(&statistics) {
                 let linears = spec.linears(index).into_iter().filter(|own| LinearInput::of(own.role) == input);
                 for linear in linears {
@@ -131,8 +128,7 @@ fn write_head<B: Backend>(run: &Run<'_>, hidden: &HiddenStates<B>, sink: &mut Si
     };
     let device = B::Device::default();
     let norm = RmsNorm::<B>::load(source, spec.final_norm_name(), spec.hidden_size, spec.rms_norm_eps, &device)?;
-    let total = hidden.states().iter().map(|x| x.dims()[1]).sum();
-    let mut statistics = InputStatistics::new(spec.hidden_size, UNUSED_GROUP, total);
+    let mut statistics = InputStatistics::new(spec.hidden_size);
     for x in hidden.states() {
         let normed = norm.forward(x.clone()).into_data().convert::<f32>().into_vec();
         statistics.add(&normed.expect("invariant: converted to f32"));

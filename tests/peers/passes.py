@@ -27,7 +27,7 @@ REORDERED = 2e-5
 ROUNDED = 5e-3
 INT8_ACTIVATIONS = 0.06
 INT8 = 0.08
-INT4 = 0.35
+INT4 = 0.5
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
 
@@ -59,13 +59,13 @@ def cases(quantized):
         ("MatMulNBitsToQDQ", {"use_signed_int": True, "add_zero_point": True}, unpacked),
         ("MatMulNBitsToQDQ", {"use_transpose_op": True}, unpacked),
         ("GraphSurgeries", surgeries("SimplifiedLayerNormToRMSNorm"), REORDERED if not quantized else INT8_ACTIVATIONS),
-        ("GraphSurgeries", surgeries("SimplifiedLayerNormToL2Norm"), 1e-3 if not quantized else INT8_ACTIVATIONS),
+        ("GraphSurgeries", surgeries("SimplifiedLayerNormToL2Norm"), 3e-3 if not quantized else INT8_ACTIVATIONS),
         ("GraphSurgeries", surgeries("TieWordEmbeddings"), REORDERED),
         ("GraphSurgeries", surgeries("QuantizeEmbeddingInt8"), INT8),
         ("GraphSurgeries", surgeries("RemoveShapes", "RemoveInitializerFromInputs", "RemoveUnusedNodeOutputs", "RemoveGidxFromMatMulNBits",
                                      "ReplaceAttentionMaskValue", "DeduplicateNodes", "DeduplicateSubgraphInitializers", "ConstantAttributesToTensor"), EXACT),
         ("GraphSurgeries", surgeries("RemoveRopeMultiCache", use_large_cache=False), EXACT),
-        ("GraphSurgeries", surgeries("ExposeOutputs", names=["/model/embed_tokens/Gather"]), EXACT),
+        ("GraphSurgeries", surgeries("ExposeOutputs", names=["/model/layers.0/input_layernorm/LayerNorm"]), EXACT),
         ("ExtractAdapters", {}, REORDERED),
         ("SplitModel", {"split_assignments": "model.layers.0=0;model.layers.1=1"}, EXACT),
     ]
@@ -111,7 +111,10 @@ def compare(apply_pass, folder, out, case, before, tokens):
     if run.returncode != 0:
         return f"failed: {run.stderr.strip()}", False
     _, changed, _, again = run.stdout.split()
-    after = logits(out, tokens)
+    try:
+        after = logits(out, tokens)
+    except Exception as error:
+        return f"ONNX Runtime: {str(error)[:300]}", False
     difference = np.abs(after - before)
     relative = float(np.sqrt((difference**2).sum() / (before**2).sum()))
     good = relative <= tolerance and again != "true" and bool(np.isfinite(after).all())

@@ -247,7 +247,7 @@ mod tests {
     #[test]
     fn layers_are_divided_in_runs() {
         assert_eq!(evenly(7, 3), [0, 0, 0, 1, 1, 2, 2]);
-        assert_eq!(balanced(&[9, 1, 1, 1, 9], 2), [0, 0, 0, 1, 1]);
+        assert_eq!(balanced(&[9, 1, 1, 2, 9], 2), [0, 0, 0, 1, 1]);
         assert_eq!(balanced(&[1, 1, 1, 1, 10], 3), [0, 0, 1, 1, 2]);
         assert_eq!(balanced(&[5, 5], 2), [0, 1]);
         assert_eq!(filled(&[3, 3, 3, 6], 6).unwrap(), [0, 0, 1, 2]);

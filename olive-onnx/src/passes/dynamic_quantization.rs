@@ -129,6 +129,10 @@ impl GraphPass for Dynamic {
         graph.nodes = nodes;
         graph.initializers.extend(tensors);
         remove_dead(graph);
+        if self.given.quant_preprocess {
+            // Zero points are often equal.
+            clean(&mut draft.model)?;
+        }
         Ok(true)
     }
 }

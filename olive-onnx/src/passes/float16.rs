@@ -14,10 +14,12 @@ use rayon::prelude::*;
 use serde::Deserialize;
 
 use super::params::{param, with_external_data};
-use super::rewrite::{FreshNames, branches_mut, consumers, output_names, producers, set_attribute};
+use super::rewrite::{
+    FreshNames, branches, branches_mut, captures, consumers, output_names, producers, redirect_branches, set_attribute,
+};
 use super::types::{Types, infer};
 use super::{Draft, GraphPass, OnnxPass};
-use crate::ir::{Attribute, Graph, MICROSOFT, Node, OnnxType, Tensor};
+use crate::ir::{Attribute, Graph, MICROSOFT, Node, OnnxType, Tensor, ValueInfo};
 
 const PARAMS: [ParamSpec; 13] = with_external_data([
     param("min_positive_val", ParamKind::Float, "1e-7", "Constants nearer to zero, zero excepted, are moved out to this."),
@@ -200,8 +202,8 @@ impl Job<'_> {
                             wishes.push(self.input_wish(node, place));
                         }
                     }
-                    if super::rewrite::branches(node).any(|branch| super::rewrite::captures(branch).contains(&name)) {
-                        wishes.push(Wish::Half);
+                    if branches(node).any(|branch| captures(branch).contains(&name)) {
+                        wishes.push(if self.pass.blocks(node) { Wish::Float } else { Wish::Half });
                     }
                 }
                 if output_names(graph).contains(name) {
@@ -252,13 +254,10 @@ impl Job<'_> {
     fn nodes(&mut self, graph: &mut Graph, types: &Types, decided: &HashMap<String, bool>) -> Result<()> {
         for node in &mut graph.nodes {
             let half = node.outputs.iter().any(|name| decided.get(name) == Some(&true) && types.get(name) == Some(&OnnxType::Float));
-            let is_branching = branches_mut(node).next().is_some();
-            if is_branching && self.pass.blocks(node) {
-                let what = format!("a block list that keeps node `{}` ({}), which has branches,", node.name, node.op_type);
-                return Err(Error::unsupported(what, "block the nodes inside them"));
-            }
-            for branch in branches_mut(node) {
-                self.convert(branch, types, decided, false)?;
+            if !self.pass.blocks(node) {
+                for branch in branches_mut(node) {
+                    self.convert(branch, types, decided, false)?;
+                }
             }
             if !half || !node.domain.is_empty() {
                 continue;
@@ -321,15 +320,29 @@ impl Job<'_> {
             let all = nodes.into_iter().flat_map(places);
             all.filter(|(index, place)| self.input_wish(&graph.nodes[*index], *place) == wanted).collect()
         };
-        let Some((first, _)) = readers.first().copied() else { return };
+        // The branches of a node that stays FLOAT read the cast value too.
+        let inside: Vec<usize> = if wanted == Wish::Float { self.blocked_captures(graph, name) } else { Vec::new() };
+        let first = readers.iter().map(|(index, _)| *index).chain(inside.iter().copied()).min();
+        let Some(first) = first else { return };
         let to = if half { OnnxType::Float } else { OnnxType::Float16 };
         let value = self.names.make(&format!("{name}_as_{}", to.to_string().to_lowercase()));
+        declare(graph, name, &value, to);
         let cast = self.names.make(&format!("{value}_cast"));
         for (index, place) in readers {
             graph.nodes[index].inputs[place].clone_from(&value);
         }
+        for index in inside {
+            redirect_branches(&mut graph.nodes[index], &HashMap::from([(name.to_owned(), value.clone())]));
+        }
         graph.nodes.insert(first, cast_node(cast, name, &value, to));
         self.changed = true;
+    }
+
+    /// Nodes that stay FLOAT and whose branches read `name` from around them.
+    fn blocked_captures(&self, graph: &Graph, name: &str) -> Vec<usize> {
+        let captured = |node: &Node| branches(node).any(|branch| captures(branch).contains(&name));
+        let nodes = graph.nodes.iter().enumerate();
+        nodes.filter(|(_, node)| captured(node) && self.pass.blocks(node)).map(|(index, _)| index).collect()
     }
 
     /// An output keeps its name and the type it has to have.
@@ -350,10 +363,21 @@ impl Job<'_> {
         }
         let cast = self.names.make(&format!("{name}_cast"));
         graph.nodes.insert(index + 1, cast_node(cast, &inner, name, to));
+        declare(graph, name, &inner, if keep { OnnxType::Float16 } else { OnnxType::Float });
         for info in graph.outputs.iter_mut().filter(|info| info.name == name) {
             info.dtype = Some(to);
         }
         self.changed = true;
+    }
+}
+
+/// Declares `new` with the shape of `name`: where shapes are left to ONNX Runtime, it takes a cache before and after
+/// attention to be of one size, and gives them one buffer.
+fn declare(graph: &mut Graph, name: &str, new: &str, dtype: OnnxType) {
+    let infos = graph.outputs.iter().chain(&graph.inputs).chain(&graph.value_infos);
+    let shape = infos.filter(|info| info.name == name).find_map(|info| info.shape.clone());
+    if shape.is_some() {
+        graph.value_infos.push(ValueInfo { name: new.to_owned(), dtype: Some(dtype), shape });
     }
 }
 

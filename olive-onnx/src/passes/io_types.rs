@@ -133,6 +133,8 @@ impl Convert {
     fn convert_output(&self, graph: &mut Graph, name: &str, names: &mut FreshNames) {
         let inner = names.make(&format!("{name}_unconverted"));
         rename_value(graph, name, &inner);
+        let declared = graph.outputs.iter().find(|output| output.name == inner).cloned();
+        graph.value_infos.extend(declared);
         for output in &mut graph.outputs {
             if output.name == inner {
                 name.clone_into(&mut output.name);

@@ -121,6 +121,11 @@ pub fn redirect(graph: &mut Graph, map: &HashMap<String, String>) -> bool {
     changed
 }
 
+/// Lets the branches of one node read `map[name]` where they read `name`.
+pub fn redirect_branches(node: &mut Node, map: &HashMap<String, String>) -> bool {
+    branches_mut(node).fold(false, |changed, branch| redirect_branch(branch, map) | changed)
+}
+
 fn redirect_branch(branch: &mut Graph, map: &HashMap<String, String>) -> bool {
     let visible: HashMap<String, String> = {
         let own = defined(branch);

@@ -11,7 +11,10 @@ use super::proto::{
     AttributeProto, Dimension, DimensionValue, EXTERNAL, GraphProto, ModelProto, NodeProto, OperatorSetId,
     StringEntry, TensorProto, TensorShape, TensorType, TypeProto, ValueInfoProto, attribute_type,
 };
-use crate::ir::{Attribute, Dim, Graph, Model, Node, Tensor, ValueInfo};
+use crate::ir::{Attribute, Dim, Graph, Model, Node, OnnxType, Tensor, ValueInfo};
+
+/// Bytes beyond which whole numbers are data.
+const MAX_SHAPE_BYTES: usize = 1024;
 
 /// How a model is written.
 pub struct WriteOptions<'a> {
@@ -23,8 +26,9 @@ pub struct WriteOptions<'a> {
     pub cancel: &'a CancelToken,
 }
 
-/// Writes `graph_file` and its data file into `folder`. Every initializer that holds a byte goes to the data file, in
-/// order and without gaps; constants of nodes stay in the graph file. Both files appear whole, the graph file last.
+/// Writes `graph_file` and its data file into `folder`. Initializers go to the data file, in order and
+/// without gaps; empty ones, the small whole numbers that shapes follow from, and constants of nodes stay in the graph
+/// file. Both files appear whole, the graph file last.
 /// Returns the bytes of both.
 ///
 /// # Errors
@@ -66,7 +70,7 @@ fn write_data(
     let mut protos = Vec::with_capacity(tensors.len());
     for (done, tensor) in tensors.iter().enumerate() {
         options.cancel.check()?;
-        if tensor.is_empty() {
+        if tensor.is_empty() || is_shape(tensor) {
             protos.push(tensor_proto(tensor)?);
         } else {
             let bytes = tensor.bytes()?;
@@ -82,6 +86,12 @@ fn write_data(
     file.sync_all().map_err(Error::io("sync", path))?;
     options.progress.finish();
     Ok((protos, offset))
+}
+
+/// Whether a constant is an operand that sizes follow from (the axes of a reduction, the shape of a `Reshape`): ONNX's
+/// shape inference has to find its numbers in the graph file.
+fn is_shape(tensor: &Tensor) -> bool {
+    tensor.dtype() == OnnxType::Int64 && tensor.byte_len() <= MAX_SHAPE_BYTES
 }
 
 /// The model as one ONNX file with everything inside. For small models; ONNX files end at 2 GiB.

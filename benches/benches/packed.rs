@@ -21,7 +21,9 @@ fn awq_layout(c: &mut Criterion) {
     let mut group = c.benchmark_group("awq_gemm");
     group.throughput(Throughput::Bytes((rows * cols / 2) as u64));
     group.bench_function("store", |b| b.iter(|| awq_gemm::store(&matrix).unwrap()));
-    group.bench_function("load", |b| b.iter(|| awq_gemm::load("w", SHAPE, 128, &stored).unwrap()));
+    group.bench_function("load", |b| {
+        b.iter(|| awq_gemm::load("w", SHAPE, 128, &stored).unwrap())
+    });
     group.finish();
 }
 
@@ -30,7 +32,12 @@ fn weight(n: usize, k: usize, bits: usize) -> NBitsWeight {
     let data = bytes(n * k * bits / 8, 3);
     let packed = Tensor::inline("w", OnnxType::Uint8, [n, k / 32, 32 * bits / 8], data).unwrap();
     let scales = values(n * k / 32, 4).into_iter().map(|s| s * 0.01).collect();
-    let shape = NBitsShape { n, k, bits, block: 32 };
+    let shape = NBitsShape {
+        n,
+        k,
+        bits,
+        block: 32,
+    };
     NBitsWeight::new(shape, packed, scales, ZeroPoints::Constant(1 << (bits - 1))).unwrap()
 }
 
@@ -41,7 +48,11 @@ fn error(weight: &NBitsWeight, x: &[f32], y: &[f32]) -> f64 {
     for n in 0..weight.n {
         weight.dequantize_row(n, &mut row);
         for (m, x) in x.chunks_exact(weight.k).enumerate() {
-            let exact: f64 = x.iter().zip(&row).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+            let exact: f64 = x
+                .iter()
+                .zip(&row)
+                .map(|(x, w)| f64::from(*x) * f64::from(*w))
+                .sum();
             worst = worst.max((exact - f64::from(y[m * weight.n + n])).abs());
             largest = largest.max(exact.abs());
         }

@@ -26,7 +26,10 @@ fn stage_quantize(c: &mut Criterion) {
     let folder = tempfile::tempdir().unwrap();
     let mut group = c.benchmark_group("quantize");
     group.throughput(Throughput::Elements(calibration.tokens() as u64));
-    for (name, options) in [("awq", QuantizeOptions::default()), ("rtn", QuantizeOptions::rtn())] {
+    for (name, options) in [
+        ("awq", QuantizeOptions::default()),
+        ("rtn", QuantizeOptions::rtn()),
+    ] {
         group.bench_function(name, |b| {
             b.iter(|| {
                 let output = folder.path().join(name);
@@ -42,7 +45,11 @@ fn stage_quantize(c: &mut Criterion) {
 fn stage_train(c: &mut Criterion) {
     let model = HfModel::open(demo_model()).unwrap();
     let samples: Vec<Sample> = blocks(4, 256).into_iter().map(Sample::from_ids).collect();
-    let pairs = [("max_steps", 1.into()), ("per_device_train_batch_size", 4.into()), ("save_strategy", "no".into())];
+    let pairs = [
+        ("max_steps", 1.into()),
+        ("per_device_train_batch_size", 4.into()),
+        ("save_strategy", "no".into()),
+    ];
     let (arguments, _) = TrainingArguments::from_pairs(pairs).unwrap();
     let mut group = c.benchmark_group("train");
     group.throughput(Throughput::Elements(4 * 256));
@@ -51,9 +58,17 @@ fn stage_train(c: &mut Criterion) {
             let folder = tempfile::tempdir().unwrap();
             let output = folder.path().join("ft");
             let cancel = CancelToken::default();
-            let context = PassContext { output: &output, progress: &NoProgress, cancel: &cancel };
-            let data = TrainingData { train: &samples, eval: None };
-            let report = finetune::<Cpu>(&model, data, &LoraOptions::default(), &arguments, &context).unwrap();
+            let context = PassContext {
+                output: &output,
+                progress: &NoProgress,
+                cancel: &cancel,
+            };
+            let data = TrainingData {
+                train: &samples,
+                eval: None,
+            };
+            let report =
+                finetune::<Cpu>(&model, data, &LoraOptions::default(), &arguments, &context).unwrap();
             assert!(report.final_loss.is_some_and(|loss| loss > 1.0 && loss < 10.0));
         });
     });
@@ -63,7 +78,15 @@ fn stage_train(c: &mut Criterion) {
 fn build(folder: &Path, precision: Precision) {
     let model = HfModel::open(demo_model()).unwrap();
     let options = BuilderOptions::with_precision(precision);
-    let report = build_model_folder(&model, None, &options, folder, &NoProgress, &CancelToken::default()).unwrap();
+    let report = build_model_folder(
+        &model,
+        None,
+        &options,
+        folder,
+        &NoProgress,
+        &CancelToken::default(),
+    )
+    .unwrap();
     assert!(report.model_bytes > 1 << 20);
 }
 
@@ -84,12 +107,21 @@ fn stage_generate(c: &mut Criterion) {
     let model = Model::open(&output).unwrap();
     let prompt = blocks(1, 256).remove(0);
     let mut params = GeneratorParams::new(&model);
-    params.set("max_length", 512.0).unwrap().set("min_length", 512.0).unwrap();
+    params
+        .set("max_length", 512.0)
+        .unwrap()
+        .set("min_length", 512.0)
+        .unwrap();
     params.set("do_sample", false).unwrap();
     let mut group = c.benchmark_group("generate");
     group.throughput(Throughput::Elements(prompt.len() as u64));
     group.bench_function("prefill", |b| {
-        b.iter(|| Generator::new(&model, &params).unwrap().append_tokens(&prompt).unwrap());
+        b.iter(|| {
+            Generator::new(&model, &params)
+                .unwrap()
+                .append_tokens(&prompt)
+                .unwrap()
+        });
     });
     group.throughput(Throughput::Elements(NEW as u64));
     let mut generator = Generator::new(&model, &params).unwrap();

@@ -9,12 +9,18 @@ pub fn demo_model() -> PathBuf {
 
 /// `n` pseudo-random values in -1..1, the same for the same seed (splitmix64).
 pub fn values(n: usize, seed: u64) -> Vec<f32> {
-    words(n, seed).into_iter().map(|word| (word >> 40) as f32 / (1u64 << 23) as f32 - 1.0).collect()
+    words(n, seed)
+        .into_iter()
+        .map(|word| (word >> 40) as f32 / (1u64 << 23) as f32 - 1.0)
+        .collect()
 }
 
 /// `n` pseudo-random bytes.
 pub fn bytes(n: usize, seed: u64) -> Vec<u8> {
-    words(n, seed).into_iter().map(|word| (word >> 56) as u8).collect()
+    words(n, seed)
+        .into_iter()
+        .map(|word| (word >> 56) as u8)
+        .collect()
 }
 
 fn words(n: usize, seed: u64) -> Vec<u64> {

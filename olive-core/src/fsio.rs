@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -39,10 +40,39 @@ pub fn create_dir(path: impl AsRef<Path>) -> Result<()> {
     fs::create_dir_all(&path).map_err(Error::io("create folder", &path))
 }
 
-/// The name under which `path` is written before it is renamed: in the same folder, hidden.
+/// The name under which `path` is written before it is renamed: in the same folder, hidden, of this process. What a
+/// killed process left under such a name for the same file is removed.
 pub fn temporary_name(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
+    remove_orphans(path, &name);
     path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
+}
+
+/// Removes temporary files and folders for `name` of processes that are no more. Where processes cannot be looked up, they count
+/// as alive.
+fn remove_orphans(path: &Path, name: &str) {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let Ok(entries) = fs::read_dir(parent.unwrap_or(Path::new("."))) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        let found = entry.file_name();
+        let rest = found
+            .to_str()
+            .and_then(|found| found.strip_prefix('.')?.strip_prefix(name)?.strip_prefix('.'));
+        let Some(process) = rest.and_then(|rest| rest.strip_suffix(".tmp")?.parse::<u32>().ok()) else {
+            continue;
+        };
+        let gone = Path::new("/proc/self").exists() && !Path::new("/proc").join(process.to_string()).exists();
+        if gone {
+            let path = entry.path();
+            let _ = if path.is_dir() {
+                fs::remove_dir_all(&path)
+            } else {
+                fs::remove_file(&path)
+            };
+        }
+    }
 }
 
 /// Writes `bytes` to `path` so that readers see the old file or the new one, never a part.
@@ -105,15 +135,21 @@ pub fn link_or_copy(source: &Path, target: &Path) -> Result<()> {
         create_dir(parent)?;
     }
     let source = fs::canonicalize(source).map_err(Error::io("resolve", source))?;
-    if fs::canonicalize(target).is_ok_and(|existing| existing == source) {
+    let temporary = temporary_name(target);
+    // Renaming one name of a file to another name of it does nothing, and would leave the temporary one behind.
+    if same_file(&source, target) {
         return Ok(());
     }
-    let temporary = temporary_name(target);
     let _ = fs::remove_file(&temporary);
     if fs::hard_link(&source, &temporary).is_err() {
         fs::copy(&source, &temporary).map_err(Error::io("copy", &source))?;
     }
     rename(&temporary, target)
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
+    matches!((identity(a), identity(b)), (Ok(a), Ok(b)) if a == b)
 }
 
 /// Joins `relative` to `folder`, refusing anything that would leave it.
@@ -147,6 +183,27 @@ mod tests {
         write(&path, b"two").unwrap();
         assert_eq!(read(&path).unwrap(), b"two");
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn leavings_of_dead_processes_go_and_links_are_made_twice_without_trace() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = folder.path().join("source");
+        let target = folder.path().join("model/file");
+        write(&source, b"x").unwrap();
+        create_dir(target.parent().unwrap()).unwrap();
+        // No process has this number: Linux stops at 2^22.
+        fs::write(target.with_file_name(".file.4294967295.tmp"), b"half").unwrap();
+        fs::write(target.with_file_name(".file.1.tmp"), b"of a process that runs").unwrap();
+        for _ in 0..2 {
+            link_or_copy(&source, &target).unwrap();
+        }
+        let mut names: Vec<_> = fs::read_dir(target.parent().unwrap())
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
+        names.sort();
+        assert_eq!(names, [".file.1.tmp", "file"]);
     }
 
     #[test]

@@ -63,7 +63,12 @@ impl ParamSpec {
     }
 
     /// A parameter with a default, as JSON text.
-    pub const fn optional(name: &'static str, kind: ParamKind, default: &'static str, doc: &'static str) -> Self {
+    pub const fn optional(
+        name: &'static str,
+        kind: ParamKind,
+        default: &'static str,
+        doc: &'static str,
+    ) -> Self {
         Self {
             name,
             kind,

@@ -56,9 +56,7 @@ impl WeightKind {
             let settings = quantization.module(module)?;
             return Ok(match Method::of(quantization)? {
                 Method::Awq => Self::Packed(read_awq(source, module, shape, settings)?),
-                Method::Gptq(version) => {
-                    Self::Packed(gptq::read(source, module, shape, settings, version)?)
-                }
+                Method::Gptq(version) => Self::Packed(gptq::read(source, module, shape, settings, version)?),
                 Method::Olive => Self::Packed(olive::read(source, module, shape, settings)?),
                 Method::CompressedTensors => {
                     Self::Packed(compressed_tensors::read(source, module, shape, settings)?)
@@ -162,7 +160,10 @@ enum Method {
 impl Method {
     fn of(quantization: &QuantizationConfig) -> Result<Self> {
         let unsupported = |detail: String, reason: &str| {
-            let what = format!("a checkpoint with quant_method `{}`{detail}", quantization.quant_method);
+            let what = format!(
+                "a checkpoint with quant_method `{}`{detail}",
+                quantization.quant_method
+            );
             Err(Error::unsupported(what, reason))
         };
         let version = quantization.version.as_deref().unwrap_or("gemm");
@@ -178,7 +179,9 @@ impl Method {
                 " and `desc_act`".to_owned(),
                 "olive reads groups of consecutive inputs",
             ),
-            "gptq" => Ok(Self::Gptq(gptq::version(quantization.checkpoint_format.as_deref())?)),
+            "gptq" => Ok(Self::Gptq(gptq::version(
+                quantization.checkpoint_format.as_deref(),
+            )?)),
             "olive" => Ok(Self::Olive),
             "compressed-tensors" if format == "pack-quantized" => Ok(Self::CompressedTensors),
             "compressed-tensors" => {

@@ -26,7 +26,7 @@ pub struct GenaiConfig {
 /// `model`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(
+#[expect(
     missing_docs,
     reason = "the keys of the file; the format's own description says what they mean"
 )]
@@ -88,7 +88,7 @@ pub struct ModelSection {
 /// `model.decoder`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(
+#[expect(
     missing_docs,
     reason = "the keys of the file; the format's own description says what they mean"
 )]

@@ -31,10 +31,23 @@ fn perplexity(model: &Path, blocks: &[Vec<u32>]) -> f64 {
     result.unwrap().perplexity
 }
 
-fn quantized(model: &Path, options: &QuantizeOptions, calibration: Vec<Vec<u32>>, output: &Path) -> QuantizeReport {
+fn quantized(
+    model: &Path,
+    options: &QuantizeOptions,
+    calibration: Vec<Vec<u32>>,
+    output: &Path,
+) -> QuantizeReport {
     let model = HfModel::open(model).unwrap();
     let calibration = CalibrationSet::new(calibration);
-    quantize(&model, &calibration, options, output, &NoProgress, &CancelToken::default()).unwrap()
+    quantize(
+        &model,
+        &calibration,
+        options,
+        output,
+        &NoProgress,
+        &CancelToken::default(),
+    )
+    .unwrap()
 }
 
 #[test]
@@ -61,7 +74,13 @@ fn perplexity_of_the_dense_rounded_and_awq_model_is_that_of_the_peers() {
     let calibration = blocks(&model, &valid, 16);
     let report = quantized(&model, &QuantizeOptions::default(), calibration, &awq);
     for mapping in report.layers.iter().flat_map(|layer| &layer.mappings) {
-        assert!(mapping.loss <= mapping.loss_rtn, "{}: {} > {}", mapping.name, mapping.loss, mapping.loss_rtn);
+        assert!(
+            mapping.loss <= mapping.loss_rtn,
+            "{}: {} > {}",
+            mapping.name,
+            mapping.loss,
+            mapping.loss_rtn
+        );
     }
     let awq = perplexity(&awq, &test);
     assert!(awq <= AWQ_AT_MOST, "AWQ: {awq}");

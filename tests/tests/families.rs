@@ -25,7 +25,10 @@ fn recorded(file: &Path, prefix: &str) -> (Vec<u32>, Vec<Vec<f32>>) {
     let checkpoint = Checkpoint::open_files(file, vec![file.to_path_buf()]).unwrap();
     let source: &dyn TensorSource = &checkpoint;
     let ids = source.bytes(&format!("{prefix}input_ids")).unwrap();
-    let ids = ids.chunks_exact(8).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+    let ids = ids
+        .chunks_exact(8)
+        .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        .collect();
     let logits = source.read_f32(&format!("{prefix}logits")).unwrap();
     let vocab = source.info(&format!("{prefix}logits")).unwrap().shape[1];
     (ids, logits.chunks_exact(vocab).map(<[f32]>::to_vec).collect())
@@ -34,7 +37,15 @@ fn recorded(file: &Path, prefix: &str) -> (Vec<u32>, Vec<Vec<f32>>) {
 fn build(checkpoint: &Path, folder: &Path) -> Model {
     let model = HfModel::open(checkpoint).unwrap();
     let options = BuilderOptions::default();
-    build_model_folder(&model, None, &options, folder, &NoProgress, &CancelToken::default()).unwrap();
+    build_model_folder(
+        &model,
+        None,
+        &options,
+        folder,
+        &NoProgress,
+        &CancelToken::default(),
+    )
+    .unwrap();
     Model::open(folder).unwrap()
 }
 
@@ -105,7 +116,10 @@ fn quantized_weights_mean_the_same_to_the_decoder_and_to_the_graph() {
         let (ids, _) = recorded(&family(name).join("logits.safetensors"), "");
         let dense = HfModel::open(family(name)).unwrap();
         let packed = folder.path().join("awq");
-        let options = QuantizeOptions { group_size: 32, ..QuantizeOptions::default() };
+        let options = QuantizeOptions {
+            group_size: 32,
+            ..QuantizeOptions::default()
+        };
         let calibration = CalibrationSet::new(vec![ids.clone()]);
         let cancel = CancelToken::default();
         quantize(&dense, &calibration, &options, &packed, &NoProgress, &cancel).unwrap();
@@ -116,6 +130,11 @@ fn quantized_weights_mean_the_same_to_the_decoder_and_to_the_graph() {
         let graph = build(&packed, &folder.path().join("onnx/model"));
         let found = perplexity(&graph, blocks.iter().map(Vec::as_slice), &cancel, |_| ()).unwrap();
         // The decoder's norms and embedding are the stored halves; the graph's are the same values in f32.
-        assert!((found.loss - expected.loss).abs() <= 1e-3, "{name}: {} and {}", found.loss, expected.loss);
+        assert!(
+            (found.loss - expected.loss).abs() <= 1e-3,
+            "{name}: {} and {}",
+            found.loss,
+            expected.loss
+        );
     }
 }

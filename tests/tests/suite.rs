@@ -2,4 +2,5 @@
 
 mod anchors;
 mod families;
+mod protobuf;
 mod tidy;

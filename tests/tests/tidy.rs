@@ -28,8 +28,14 @@ fn libraries_depend_only_along_the_allowed_edges() {
         let dependencies = manifest.split("[dependencies]").nth(1).unwrap_or_default();
         let dependencies = dependencies.split("\n[").next().unwrap_or_default();
         for line in dependencies.lines().filter(|line| line.starts_with("olive-")) {
-            let name: String = line.chars().take_while(|c| c.is_ascii_lowercase() || *c == '-').collect();
-            assert!(allowed.contains(&name.as_str()), "{member} must not depend on {name}");
+            let name: String = line
+                .chars()
+                .take_while(|c| c.is_ascii_lowercase() || *c == '-')
+                .collect();
+            assert!(
+                allowed.contains(&name.as_str()),
+                "{member} must not depend on {name}"
+            );
         }
     }
 }
@@ -39,9 +45,19 @@ fn only_the_serialisation_module_names_prost() {
     for file in sources("olive-onnx/src") {
         let text = std::fs::read_to_string(&file).unwrap();
         let inside = file.components().any(|part| part.as_os_str() == "serde") || file.ends_with("serde.rs");
-        assert!(inside || !text.contains("prost::"), "{} names prost", file.display());
+        assert!(
+            inside || !text.contains("prost::"),
+            "{} names prost",
+            file.display()
+        );
     }
-    for crate_name in ["olive-core", "olive-quant", "olive-lora", "olive-genai", "olive-cli"] {
+    for crate_name in [
+        "olive-core",
+        "olive-quant",
+        "olive-lora",
+        "olive-genai",
+        "olive-cli",
+    ] {
         let manifest = std::fs::read_to_string(workspace().join(crate_name).join("Cargo.toml")).unwrap();
         assert!(!manifest.contains("prost"), "{crate_name} depends on prost");
     }
@@ -49,27 +65,60 @@ fn only_the_serialisation_module_names_prost() {
 
 #[test]
 fn files_stay_within_their_budget_and_have_telling_names() {
-    const VAGUE: &[&str] = &["utils.rs", "util.rs", "helpers.rs", "common.rs", "misc.rs", "mod.rs"];
-    for folder in ["olive-core", "olive-quant", "olive-lora", "olive-onnx", "olive-genai", "olive-cli"] {
+    const VAGUE: &[&str] = &[
+        "utils.rs",
+        "util.rs",
+        "helpers.rs",
+        "common.rs",
+        "misc.rs",
+        "mod.rs",
+    ];
+    for folder in [
+        "olive-core",
+        "olive-quant",
+        "olive-lora",
+        "olive-onnx",
+        "olive-genai",
+        "olive-cli",
+    ] {
         for file in sources(&format!("{folder}/src")) {
             let name = file.file_name().unwrap().to_str().unwrap();
-            assert!(!VAGUE.contains(&name), "{}: a name that says nothing", file.display());
+            assert!(
+                !VAGUE.contains(&name),
+                "{}: a name that says nothing",
+                file.display()
+            );
             let text = std::fs::read_to_string(&file).unwrap();
             let lines = code_lines(&text);
             let table = text.lines().next().is_some_and(|line| line.contains("able"));
-            assert!(lines <= FILE_LINES || table, "{}: {lines} lines of code", file.display());
+            assert!(
+                lines <= FILE_LINES || table,
+                "{}: {lines} lines of code",
+                file.display()
+            );
         }
     }
 }
 
 #[test]
 fn every_unsafe_block_is_in_a_kernel_or_a_memory_map() {
-    for folder in ["olive-core", "olive-quant", "olive-lora", "olive-onnx", "olive-genai", "olive-cli"] {
+    for folder in [
+        "olive-core",
+        "olive-quant",
+        "olive-lora",
+        "olive-onnx",
+        "olive-genai",
+        "olive-cli",
+    ] {
         for file in sources(&format!("{folder}/src")) {
             let text = std::fs::read_to_string(&file).unwrap();
-            let has = text.lines().any(|l| l.contains("unsafe {") && !l.trim_start().starts_with("//"));
+            let has = text
+                .lines()
+                .any(|l| l.contains("unsafe {") && !l.trim_start().starts_with("//"));
             let path = file.to_string_lossy();
-            let allowed = ["kernels", "checkpoint.rs", "mmap.rs"].iter().any(|part| path.contains(part));
+            let allowed = ["kernels", "checkpoint.rs", "mmap.rs"]
+                .iter()
+                .any(|part| path.contains(part));
             assert!(!has || allowed, "{path}: unsafe outside kernels and memory maps");
         }
     }
@@ -77,10 +126,21 @@ fn every_unsafe_block_is_in_a_kernel_or_a_memory_map() {
 
 #[test]
 fn lint_exceptions_give_a_reason() {
-    for folder in ["olive-core", "olive-quant", "olive-lora", "olive-onnx", "olive-genai", "olive-cli"] {
+    for folder in [
+        "olive-core",
+        "olive-quant",
+        "olive-lora",
+        "olive-onnx",
+        "olive-genai",
+        "olive-cli",
+    ] {
         for file in sources(&format!("{folder}/src")) {
             let text = std::fs::read_to_string(&file).unwrap();
-            assert!(!text.contains("#[allow("), "{}: use #[expect(…, reason = …)]", file.display());
+            assert!(
+                !text.contains("#[allow("),
+                "{}: use #[expect(…, reason = …)]",
+                file.display()
+            );
         }
     }
 }
@@ -106,10 +166,16 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
 /// Lines that are neither blank nor comments, up to the unit tests.
 fn code_lines(text: &str) -> usize {
     let body = text.split("\n#[cfg(test)]").next().unwrap_or_default();
-    body.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("//")).count()
+    body.lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.starts_with("//"))
+        .count()
 }
 
 #[test]
 fn comments_and_tests_do_not_count_as_code() {
-    assert_eq!(code_lines("//! doc\n\nfn a() {}\n// c\n\n#[cfg(test)]\nmod tests { }\n"), 1);
+    assert_eq!(
+        code_lines("//! doc\n\nfn a() {}\n// c\n\n#[cfg(test)]\nmod tests { }\n"),
+        1
+    );
 }

@@ -121,7 +121,13 @@ impl ModuleQuantization {
                 ("group_size", ..) => return wrong(key, "a positive number or -1", value),
                 ("symmetric", _, Some(symmetric)) => settings.symmetric = symmetric,
                 ("symmetric", ..) => return wrong(key, "true or false", value),
-                _ => return Err(Error::unknown_key(origin, key, ["bits", "group_size", "symmetric"])),
+                _ => {
+                    return Err(Error::unknown_key(
+                        origin,
+                        key,
+                        ["bits", "group_size", "symmetric"],
+                    ));
+                }
             }
         }
         Ok(settings)
@@ -179,7 +185,10 @@ impl QuantizationConfig {
         if targets.is_none_or(|targets| targets.as_slice() != [Value::from("Linear")]) {
             return Err("`targets` other than Linear".to_owned());
         }
-        if group.get("input_activations").is_some_and(|inputs| !inputs.is_null()) {
+        if group
+            .get("input_activations")
+            .is_some_and(|inputs| !inputs.is_null())
+        {
             return Err("quantized `input_activations`".to_owned());
         }
         let weights = group.get("weights").cloned().unwrap_or_default();
@@ -264,7 +273,12 @@ mod tests {
         };
         let read = config(json!(["Linear"]), "group", Value::Null).unwrap();
         assert_eq!((read.bits, read.group_size, read.symmetric), (8, 64, false));
-        assert_eq!(config(json!(["Linear"]), "channel", Value::Null).unwrap().group_size, -1);
+        assert_eq!(
+            config(json!(["Linear"]), "channel", Value::Null)
+                .unwrap()
+                .group_size,
+            -1
+        );
         for (targets, strategy, inputs) in [
             (json!(["re:.*"]), "group", Value::Null),
             (json!(["Linear"]), "tensor", Value::Null),

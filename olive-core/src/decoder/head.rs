@@ -21,7 +21,12 @@ pub struct Embedding<B: Backend> {
 }
 
 /// A table `[vocab, hidden]`, dequantized if it is packed.
-fn read_table(source: &dyn TensorSource, spec: &ModelSpec, name: &str, shape: [usize; 2]) -> Result<Vec<f32>> {
+fn read_table(
+    source: &dyn TensorSource,
+    spec: &ModelSpec,
+    name: &str,
+    shape: [usize; 2],
+) -> Result<Vec<f32>> {
     let module = name.trim_end_matches(".weight");
     Ok(WeightKind::read(source, spec.quantization.as_ref(), module, shape)?.into_dense())
 }

@@ -44,10 +44,7 @@ impl<B: Backend> BaseWeight<B> {
             Self::Dense(weight) => x.matmul(weight.clone().transpose()),
             packed => {
                 let blocks = row_blocks(packed.shape())
-                    .map(|rows| {
-                        x.clone()
-                            .matmul(packed.dequantize(rows, &x.device()).transpose())
-                    })
+                    .map(|rows| x.clone().matmul(packed.dequantize(rows, &x.device()).transpose()))
                     .collect();
                 Tensor::cat(blocks, 1)
             }

@@ -34,15 +34,31 @@ pub fn read(
     check_shape(source, &name("weight_shape"), shape)?;
     parts::check_identity_order(source, &name("weight_g_idx"), cols, group_size)?;
     let groups = cols / group_size;
-    let words = parts::words(source, &name("weight_packed"), &[rows, (cols * bits).div_ceil(32)])?;
+    let words = parts::words(
+        source,
+        &name("weight_packed"),
+        &[rows, (cols * bits).div_ceil(32)],
+    )?;
     let scale_dtype = source.require(&name("weight_scale"))?.dtype;
     let scales = source.read_f32_checked(&name("weight_scale"), &[rows, groups])?;
     let zeros = match settings.symmetric {
         true => None,
-        false => Some(read_zeros(source, &name("weight_zero_point"), [rows, groups], bits)?),
+        false => Some(read_zeros(
+            source,
+            &name("weight_zero_point"),
+            [rows, groups],
+            bits,
+        )?),
     };
     let values = parts::unpack_across(&words, cols, bits);
-    QuantMatrix::pack(shape, bits, group_size, &values, (scales, scale_dtype), zeros.as_deref())
+    QuantMatrix::pack(
+        shape,
+        bits,
+        group_size,
+        &values,
+        (scales, scale_dtype),
+        zeros.as_deref(),
+    )
 }
 
 fn read_zeros(
@@ -55,7 +71,9 @@ fn read_zeros(
         let (offset, most) = (1i16 << (bits - 1), 1i16 << bits);
         let stored = parts::bytes(source, name, DType::I8, &[rows, groups])?;
         let shifted = stored.iter().map(|z| i16::from(*z as i8) + offset);
-        let zeros = shifted.map(|z| (0..most).contains(&z).then_some(z as u8)).collect::<Option<Vec<_>>>();
+        let zeros = shifted
+            .map(|z| (0..most).contains(&z).then_some(z as u8))
+            .collect::<Option<Vec<_>>>();
         return zeros.ok_or_else(|| Error::tensor(name, format!("zero points of {bits} bits"), "wider ones"));
     }
     let words = parts::words(source, name, &[(rows * bits).div_ceil(32), groups])?;
@@ -64,7 +82,12 @@ fn read_zeros(
 
 fn check_shape(source: &dyn TensorSource, name: &str, shape: [usize; 2]) -> Result<()> {
     let stored = parts::bytes(source, name, DType::I64, &[2])?;
-    let stored: Vec<i64> = stored.as_chunks::<8>().0.iter().map(|v| i64::from_le_bytes(*v)).collect();
+    let stored: Vec<i64> = stored
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|v| i64::from_le_bytes(*v))
+        .collect();
     match stored == shape.map(|n| n as i64) {
         true => Ok(()),
         false => Err(Error::tensor(name, format!("{shape:?}"), format!("{stored:?}"))),
@@ -79,14 +102,31 @@ pub fn store(module: &str, matrix: &QuantMatrix) -> Result<Vec<super::olive::Sto
     let (rows, cols, groups, bits) = (matrix.rows, matrix.cols, matrix.groups(), matrix.bits);
     let name = |part: &str| format!("{module}.{part}");
     let scales = matrix.scale_dtype.from_f32(&matrix.scales).ok_or_else(|| {
-        Error::tensor(module, "scales of a floating-point type", matrix.scale_dtype.to_string())
+        Error::tensor(
+            module,
+            "scales of a floating-point type",
+            matrix.scale_dtype.to_string(),
+        )
     })?;
     let bytes = |words: Vec<u32>| words.into_iter().flat_map(u32::to_le_bytes).collect::<Vec<u8>>();
     let packed = bytes(parts::pack_across(&matrix.unpack_values(), cols, bits));
-    let shape = [rows as i64, cols as i64].into_iter().flat_map(i64::to_le_bytes).collect();
+    let shape = [rows as i64, cols as i64]
+        .into_iter()
+        .flat_map(i64::to_le_bytes)
+        .collect();
     let mut stored = vec![
-        (name("weight_packed"), DType::I32, vec![rows, (cols * bits).div_ceil(32)], packed),
-        (name("weight_scale"), matrix.scale_dtype, vec![rows, groups], scales),
+        (
+            name("weight_packed"),
+            DType::I32,
+            vec![rows, (cols * bits).div_ceil(32)],
+            packed,
+        ),
+        (
+            name("weight_scale"),
+            matrix.scale_dtype,
+            vec![rows, groups],
+            scales,
+        ),
         (name("weight_shape"), DType::I64, vec![2], shape),
     ];
     if matrix.zeros.is_some() {

@@ -73,12 +73,20 @@ pub fn store(matrix: &QuantMatrix, version: Version) -> Result<GptqTensors> {
     let zeros = parts::transpose(&matrix.unpack_zeros(), rows, groups);
     let scales = parts::transpose(&matrix.scales, rows, groups);
     let scales = matrix.scale_dtype.from_f32(&scales).ok_or_else(|| {
-        Error::tensor("GPTQ weight", "scales of a floating-point type", matrix.scale_dtype.to_string())
+        Error::tensor(
+            "GPTQ weight",
+            "scales of a floating-point type",
+            matrix.scale_dtype.to_string(),
+        )
     })?;
     let offset = version.offset(bits);
     Ok(GptqTensors {
         qweight: to_bytes(parts::pack_down(&values, cols, rows, bits)),
-        qzeros: to_bytes(parts::pack_across(&zeros, rows, bits).into_iter().map(|w| w.wrapping_sub(offset))),
+        qzeros: to_bytes(
+            parts::pack_across(&zeros, rows, bits)
+                .into_iter()
+                .map(|w| w.wrapping_sub(offset)),
+        ),
         scales,
         g_idx: to_bytes((0..cols).map(|k| (k / matrix.group_size) as u32)),
     })
@@ -110,7 +118,14 @@ pub fn read(
     let scales = parts::transpose(&source.read_f32_checked(&scales, &[groups, rows])?, groups, rows);
     let values = parts::transpose(&parts::unpack_down(&qweight, cols, rows, bits), cols, rows);
     let zeros = parts::transpose(&parts::unpack_across(&qzeros, rows, bits), groups, rows);
-    QuantMatrix::pack(shape, bits, group_size, &values, (scales, scale_dtype), Some(&zeros))
+    QuantMatrix::pack(
+        shape,
+        bits,
+        group_size,
+        &values,
+        (scales, scale_dtype),
+        Some(&zeros),
+    )
 }
 
 /// The version that a config's `checkpoint_format` names.

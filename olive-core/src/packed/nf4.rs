@@ -180,9 +180,13 @@ pub fn is_stored(source: &dyn TensorSource, module: &str) -> bool {
 pub fn read(source: &dyn TensorSource, module: &str, shape: [usize; 2]) -> Result<Nf4Matrix> {
     let ([weight, absmax, quant_map, state_name], nested) = part_names(module);
     let [rows, cols] = shape;
-    let state: State = serde_json::from_slice(&source.bytes(&state_name)?).map_err(Error::json(&state_name))?;
+    let state: State =
+        serde_json::from_slice(&source.bytes(&state_name)?).map_err(Error::json(&state_name))?;
     if state.quant_type != "nf4" || state.shape != shape || state.blocksize == 0 || state.blocksize % 2 != 0 {
-        let found = format!("{} of {:?} in blocks of {}", state.quant_type, state.shape, state.blocksize);
+        let found = format!(
+            "{} of {:?} in blocks of {}",
+            state.quant_type, state.shape, state.blocksize
+        );
         return Err(Error::tensor(state_name, format!("nf4 of {shape:?}"), found));
     }
     let dtype = dtype_of(&state.dtype)
@@ -246,7 +250,12 @@ pub fn store(module: &str, matrix: &Nf4Matrix) -> Result<Vec<StoredPart>> {
         nested_dtype: None,
         nested_offset: None,
     };
-    let mut stored = vec![(weight, DType::U8, vec![matrix.values.len(), 1], matrix.values.clone())];
+    let mut stored = vec![(
+        weight,
+        DType::U8,
+        vec![matrix.values.len(), 1],
+        matrix.values.clone(),
+    )];
     match &matrix.absmax {
         Absmax::Plain(values) => stored.push(floats(absmax, values)),
         Absmax::Nested(nested) => {
@@ -265,5 +274,7 @@ pub fn store(module: &str, matrix: &Nf4Matrix) -> Result<Vec<StoredPart>> {
 }
 
 fn dtype_of(name: &str) -> Option<DType> {
-    [DType::F32, DType::F16, DType::BF16].into_iter().find(|dtype| dtype.to_string() == name)
+    [DType::F32, DType::F16, DType::BF16]
+        .into_iter()
+        .find(|dtype| dtype.to_string() == name)
 }

@@ -50,7 +50,11 @@ pub fn store(module: &str, matrix: &QuantMatrix) -> Result<Vec<StoredPart>> {
         symmetric: matrix.zeros.is_none(),
     };
     let scales = matrix.scale_dtype.from_f32(&matrix.scales).ok_or_else(|| {
-        Error::tensor(module, "scales of a floating-point type", matrix.scale_dtype.to_string())
+        Error::tensor(
+            module,
+            "scales of a floating-point type",
+            matrix.scale_dtype.to_string(),
+        )
     })?;
     let bytes = [Some(matrix.values.clone()), Some(scales), matrix.zeros.clone()];
     let parts = plan(module, [matrix.rows, matrix.cols], settings, matrix.scale_dtype);
@@ -78,7 +82,11 @@ pub fn read(
     let bytes = |n: usize| (n * settings.bits).div_ceil(8);
     let groups = cols / group_size;
     if settings.symmetric && source.info(&zeros).is_some() {
-        return Err(Error::tensor(zeros, "no zero points: the config says symmetric", "some"));
+        return Err(Error::tensor(
+            zeros,
+            "no zero points: the config says symmetric",
+            "some",
+        ));
     }
     Ok(QuantMatrix {
         rows,

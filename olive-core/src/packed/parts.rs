@@ -21,18 +21,35 @@ pub fn words(source: &dyn TensorSource, name: &str, shape: &[usize]) -> Result<V
 
 /// Whole little-endian words.
 pub fn to_words(bytes: &[u8]) -> Vec<u32> {
-    bytes.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word)).collect()
+    bytes
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .map(|word| u32::from_le_bytes(*word))
+        .collect()
 }
 
 /// Refuses an order of inputs other than the stored one: group `g` holds inputs `g * size..(g + 1) * size`.
-pub fn check_identity_order(source: &dyn TensorSource, name: &str, cols: usize, group_size: usize) -> Result<()> {
+pub fn check_identity_order(
+    source: &dyn TensorSource,
+    name: &str,
+    cols: usize,
+    group_size: usize,
+) -> Result<()> {
     if source.info(name).is_none() {
         return Ok(());
     }
     let order = words(source, name, &[cols])?;
-    if order.iter().enumerate().any(|(k, group)| *group as usize != k / group_size) {
+    if order
+        .iter()
+        .enumerate()
+        .any(|(k, group)| *group as usize != k / group_size)
+    {
         let what = format!("`{name}`: inputs in the order of activations (`desc_act`)");
-        return Err(Error::unsupported(what, "olive reads groups of consecutive inputs"));
+        return Err(Error::unsupported(
+            what,
+            "olive reads groups of consecutive inputs",
+        ));
     }
     Ok(())
 }
@@ -57,7 +74,10 @@ pub fn unpack_down(words: &[u32], rows: usize, cols: usize, bits: usize) -> Vec<
     let mut values = Vec::with_capacity(rows * cols);
     for row in 0..rows {
         let line = &words[row / in_word * cols..][..cols];
-        values.extend(line.iter().map(|word| ((word >> (row % in_word * bits)) & mask) as u8));
+        values.extend(
+            line.iter()
+                .map(|word| ((word >> (row % in_word * bits)) & mask) as u8),
+        );
     }
     values
 }
@@ -69,7 +89,10 @@ pub fn pack_across(values: &[u8], cols: usize, bits: usize) -> Vec<u32> {
         let shifted = part.iter().enumerate().map(|(i, v)| u32::from(*v) << (i * bits));
         shifted.fold(0, |word, part| word | part)
     };
-    values.chunks_exact(cols.max(1)).flat_map(|row| row.chunks(in_word).map(word)).collect()
+    values
+        .chunks_exact(cols.max(1))
+        .flat_map(|row| row.chunks(in_word).map(word))
+        .collect()
 }
 
 /// The inverse of [`pack_across`].
@@ -77,12 +100,17 @@ pub fn unpack_across(words: &[u32], cols: usize, bits: usize) -> Vec<u8> {
     let (in_word, mask) = (32 / bits, (1u32 << bits) - 1);
     let row_words = cols.div_ceil(in_word).max(1);
     let value = |row: &[u32], i: usize| ((row[i / in_word] >> (i % in_word * bits)) & mask) as u8;
-    words.chunks_exact(row_words).flat_map(|row| (0..cols).map(|i| value(row, i)).collect::<Vec<_>>()).collect()
+    words
+        .chunks_exact(row_words)
+        .flat_map(|row| (0..cols).map(|i| value(row, i)).collect::<Vec<_>>())
+        .collect()
 }
 
 /// `[rows, cols]` to `[cols, rows]`.
 pub fn transpose<T: Copy>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
-    (0..cols).flat_map(|c| (0..rows).map(move |r| values[r * cols + c])).collect()
+    (0..cols)
+        .flat_map(|c| (0..rows).map(move |r| values[r * cols + c]))
+        .collect()
 }
 
 #[cfg(test)]

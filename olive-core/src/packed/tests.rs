@@ -32,10 +32,20 @@ fn matrix(shape: [usize; 2], bits: usize, group_size: usize, symmetric: bool, se
     let mask = (1u32 << bits) - 1;
     let integers = |n: usize, seed: u32| (0..n).map(|i| (noise(seed, i) & mask) as u8).collect::<Vec<_>>();
     let groups = rows * cols / group_size;
-    let scales = (0..groups).map(|i| DType::BF16.round(0.01 + noise(seed, i) as f32 / 1e8)).collect();
+    let scales = (0..groups)
+        .map(|i| DType::BF16.round(0.01 + noise(seed, i) as f32 / 1e8))
+        .collect();
     let zeros = (!symmetric).then(|| integers(groups, seed ^ 7));
     let values = integers(rows * cols, seed);
-    QuantMatrix::pack(shape, bits, group_size, &values, (scales, DType::BF16), zeros.as_deref()).unwrap()
+    QuantMatrix::pack(
+        shape,
+        bits,
+        group_size,
+        &values,
+        (scales, DType::BF16),
+        zeros.as_deref(),
+    )
+    .unwrap()
 }
 
 fn config(json: serde_json::Value) -> QuantizationConfig {
@@ -46,7 +56,8 @@ fn gptq_parts(matrix: &QuantMatrix, version: gptq::Version) -> Stored {
     let tensors = gptq::store(matrix, version).unwrap();
     let bytes = [tensors.qweight, tensors.qzeros, tensors.scales, tensors.g_idx];
     let plan = gptq::plan(matrix).into_iter().zip(bytes);
-    plan.map(|((part, dtype, shape), bytes)| (format!("w.{part}"), dtype, shape, bytes)).collect()
+    plan.map(|((part, dtype, shape), bytes)| (format!("w.{part}"), dtype, shape, bytes))
+        .collect()
 }
 
 proptest! {
@@ -178,10 +189,22 @@ fn what_olive_cannot_read_is_refused_by_name() {
     parts[0].2 = vec![8, 4];
     assert!(refuse(&parts, gptq).contains("`w.qweight`"));
     for (json, word) in [
-        (serde_json::json!({"quant_method": "gptq", "desc_act": true}), "desc_act"),
-        (serde_json::json!({"quant_method": "gptq", "checkpoint_format": "marlin"}), "marlin"),
-        (serde_json::json!({"quant_method": "compressed-tensors", "format": "dense"}), "dense"),
-        (serde_json::json!({"quant_method": "bitsandbytes", "load_in_8bit": true}), "fp4"),
+        (
+            serde_json::json!({"quant_method": "gptq", "desc_act": true}),
+            "desc_act",
+        ),
+        (
+            serde_json::json!({"quant_method": "gptq", "checkpoint_format": "marlin"}),
+            "marlin",
+        ),
+        (
+            serde_json::json!({"quant_method": "compressed-tensors", "format": "dense"}),
+            "dense",
+        ),
+        (
+            serde_json::json!({"quant_method": "bitsandbytes", "load_in_8bit": true}),
+            "fp4",
+        ),
         (serde_json::json!({"quant_method": "aqlm"}), "aqlm"),
     ] {
         assert!(refuse(&parts, json).contains(word), "{word}");

@@ -1,6 +1,6 @@
 //! Packed weights: AutoAWQ's layout, rounding to the default int4 blocks, and products with packed weights on every
 //! instruction set of this machine. Each result is checked against a plain one first.
-#![expect(missing_docs, reason = "criterion's macros make undocumented items")]
+#![expect(clippy::unwrap_used, reason = "an unwrap that fails stops the benchmark")]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use olive_benches::{bytes, values};

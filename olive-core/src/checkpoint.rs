@@ -94,7 +94,7 @@ impl dyn TensorSource + '_ {
     /// A float tensor as `f32` that must have this shape and hold finite values only.
     ///
     /// # Errors
-    /// As [`read_f32`](Self::read_f32), and [`Error::Tensor`] or [`Error::NotFinite`].
+    /// As `read_f32`, and [`Error::Tensor`] or [`Error::NotFinite`].
     pub fn read_f32_checked(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let info = self.require(name)?;
         if info.shape != shape {

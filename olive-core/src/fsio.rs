@@ -97,7 +97,7 @@ pub fn write(path: impl AsRef<Path>, bytes: &[u8]) -> Result<()> {
     result
 }
 
-/// Writes a value as JSON, indented by `indent` spaces, as [`write`] does.
+/// Writes a value as JSON, indented by `indent` spaces, as [`write()`] does.
 ///
 /// # Errors
 /// [`Error::Io`] with the path, or [`Error::Json`] if the value cannot be a JSON document.

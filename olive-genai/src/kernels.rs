@@ -1,4 +1,4 @@
-//! CPU kernels. Each has a plain version that is always compiled; faster ones are chosen at run time by [`isa`].
+//! CPU kernels. Each has a plain version that is always compiled; faster ones are chosen at run time by [`mod@isa`].
 //!
 //! Every kernel splits its work into pieces whose borders depend on the shapes alone and sums in a fixed order, so the
 //! number of threads never changes a bit of the result.

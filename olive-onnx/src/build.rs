@@ -111,7 +111,10 @@ fn check_sizes(spec: &ModelSpec, options: &BuilderOptions) -> Result<()> {
     if let Some(quantization) = &spec.quantization {
         if quantization.bits != 4 {
             let what = format!("a checkpoint packed in {} bits", quantization.bits);
-            return Err(Error::unsupported(what, "packed linears go into the graph in 4 bits"));
+            return Err(Error::unsupported(
+                what,
+                "packed linears go into the graph in 4 bits",
+            ));
         }
         let group = usize::try_from(quantization.group_size).unwrap_or(0);
         if group < 16 || !group.is_power_of_two() {

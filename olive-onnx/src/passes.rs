@@ -18,7 +18,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use olive_core::{
-    CancelToken, Error, ModelHandle, ModelKind, NoProgress, ParamSpec, Pass, PassConfig, PassContext, Progress, Result,
+    CancelToken, Error, ModelHandle, ModelKind, NoProgress, ParamSpec, Pass, PassConfig, PassContext,
+    Progress, Result,
 };
 use serde_json::{Map, Value};
 
@@ -76,7 +77,12 @@ pub struct OnnxPass {
 
 impl OnnxPass {
     const fn new(name: &'static str, params: &'static [ParamSpec], parse: Parse) -> Self {
-        Self { name, params, repairs: false, parse }
+        Self {
+            name,
+            params,
+            repairs: false,
+            parse,
+        }
     }
 
     /// The pass with these parameters, which may lack those that have a default.
@@ -121,13 +127,27 @@ impl OnnxPass {
         format!("pass `{}`", self.name)
     }
 
-    fn run_with(&self, model: &Path, config: &PassConfig, output: &Path, progress: &dyn Progress, cancel: &CancelToken) -> Result<Draft> {
+    fn run_with(
+        &self,
+        model: &Path,
+        config: &PassConfig,
+        output: &Path,
+        progress: &dyn Progress,
+        cancel: &CancelToken,
+    ) -> Result<Draft> {
         let pass = (self.parse)(&self.origin(), config)?;
         let mut draft = Draft::open(model)?;
         progress.start(self.name, 1);
         cancel.check()?;
         let report = self.apply(pass.as_ref(), &mut draft)?;
-        progress.update(1, if report.changed { "changed" } else { "nothing to change" });
+        progress.update(
+            1,
+            if report.changed {
+                "changed"
+            } else {
+                "nothing to change"
+            },
+        );
         progress.finish();
         draft.write(output, progress, cancel)?;
         Ok(draft)
@@ -154,14 +174,29 @@ impl Pass for OnnxPass {
         (self.parse)(&self.origin(), config).map(|_| ())
     }
 
-    fn run(&self, model: &dyn ModelHandle, config: &PassConfig, context: &PassContext<'_>) -> Result<Arc<dyn ModelHandle>> {
+    fn run(
+        &self,
+        model: &dyn ModelHandle,
+        config: &PassConfig,
+        context: &PassContext<'_>,
+    ) -> Result<Arc<dyn ModelHandle>> {
         self.check(model, config)?;
-        let draft = self.run_with(model.path(), config, context.output, context.progress, context.cancel)?;
+        let draft = self.run_with(
+            model.path(),
+            config,
+            context.output,
+            context.progress,
+            context.cancel,
+        )?;
         let models: Vec<_> = match draft.parts.is_empty() {
             true => vec![draft.model],
             false => draft.parts.into_iter().map(|(_, model)| model).collect(),
         };
-        Ok(Arc::new(handle::WrittenModel::new(context.output, model.spec().clone(), &models)))
+        Ok(Arc::new(handle::WrittenModel::new(
+            context.output,
+            model.spec().clone(),
+            &models,
+        )))
     }
 }
 
@@ -187,6 +222,8 @@ pub static ONNX_PASSES: &[OnnxPass] = &[
 /// # Errors
 /// [`Error::UnknownKey`] with the nearest name.
 pub fn find(name: &str) -> Result<&'static OnnxPass> {
-    let found = ONNX_PASSES.iter().find(|pass| pass.name.eq_ignore_ascii_case(name));
+    let found = ONNX_PASSES
+        .iter()
+        .find(|pass| pass.name.eq_ignore_ascii_case(name));
     found.ok_or_else(|| Error::unknown_key("ONNX passes", name, ONNX_PASSES.iter().map(|pass| pass.name)))
 }

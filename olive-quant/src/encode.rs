@@ -84,7 +84,7 @@ pub fn half(name: &str, values: &[f32]) -> Result<Vec<u8>> {
 /// Norms, biases and linears that stay dense, of a layer.
 ///
 /// # Errors
-/// Those of [`half`].
+/// Those of [`half()`].
 pub fn dense_parts(spec: &ModelSpec, layer: &LayerWeights) -> Result<Vec<Encoded>> {
     let names = spec.layer_names(layer.index);
     let mut parts = vec![

@@ -182,7 +182,11 @@ pub fn read(source: &dyn TensorSource, module: &str, shape: [usize; 2]) -> Resul
     let [rows, cols] = shape;
     let state: State =
         serde_json::from_slice(&source.bytes(&state_name)?).map_err(Error::json(&state_name))?;
-    if state.quant_type != "nf4" || state.shape != shape || state.blocksize == 0 || state.blocksize % 2 != 0 {
+    if state.quant_type != "nf4"
+        || state.shape != shape
+        || state.blocksize == 0
+        || !state.blocksize.is_multiple_of(2)
+    {
         let found = format!(
             "{} of {:?} in blocks of {}",
             state.quant_type, state.shape, state.blocksize

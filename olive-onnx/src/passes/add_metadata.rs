@@ -15,8 +15,18 @@ const PARAMS: [ParamSpec; 8] = with_external_data([
         doc: "The graph's name.",
         search: &[],
     },
-    param("custom_metadata", ParamKind::Object, "{}", "More keys and values."),
-    param("add_optimization_info", ParamKind::Bool, "true", "Whether passes, task and quantization are noted, where known."),
+    param(
+        "custom_metadata",
+        ParamKind::Object,
+        "{}",
+        "More keys and values.",
+    ),
+    param(
+        "add_optimization_info",
+        ParamKind::Bool,
+        "true",
+        "Whether passes, task and quantization are noted, where known.",
+    ),
 ]);
 
 /// The pass.
@@ -40,7 +50,11 @@ fn parse(origin: &str, config: &PassConfig) -> Result<Box<dyn GraphPass>> {
 impl GraphPass for Metadata {
     fn apply(&self, draft: &mut Draft) -> Result<bool> {
         let mut entries: Vec<(&str, String)> = Vec::new();
-        entries.extend(self.custom_metadata.iter().map(|(key, value)| (key.as_str(), text(value))));
+        entries.extend(
+            self.custom_metadata
+                .iter()
+                .map(|(key, value)| (key.as_str(), text(value))),
+        );
         entries.push(("olive_version", env!("CARGO_PKG_VERSION").to_owned()));
         let name = draft.attributes.get("_name_or_path").and_then(Value::as_str);
         entries.extend(name.map(|name| ("hf_model_name", name.to_owned())));
@@ -89,11 +103,23 @@ mod tests {
         let given = serde_json::json!({"graph_name": "tones", "custom_metadata": {"author": "me", "tags": ["a", "b"]}});
         let configured = pass.configure(given.as_object().unwrap()).unwrap();
         let mut draft = Draft::of(surgery::sample_model());
-        draft.attributes.insert("hf_task".into(), "text-generation".into());
+        draft
+            .attributes
+            .insert("hf_task".into(), "text-generation".into());
         assert!(pass.apply(configured.as_ref(), &mut draft).unwrap().changed);
         assert_eq!(draft.model.graph.name, "tones");
-        let get = |key: &str| draft.model.metadata.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str());
-        assert_eq!((get("author"), get("tags"), get("hf_task")), (Some("me"), Some("a, b"), Some("text-generation")));
+        let get = |key: &str| {
+            draft
+                .model
+                .metadata
+                .iter()
+                .find(|(k, _)| k == key)
+                .map(|(_, v)| v.as_str())
+        };
+        assert_eq!(
+            (get("author"), get("tags"), get("hf_task")),
+            (Some("me"), Some("a, b"), Some("text-generation"))
+        );
         assert!(!pass.apply(configured.as_ref(), &mut draft).unwrap().changed);
         assert!(pass.configure(&Map::new()).is_err());
     }

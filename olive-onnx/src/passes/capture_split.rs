@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use olive_core::{
-    Error, HfModel, ModelConfigFile, ModelHandle, ModelKind, ParamKind, ParamSpec, Pass, PassConfig, PassContext, Result, fsio,
+    Error, HfModel, ModelConfigFile, ModelHandle, ModelKind, ParamKind, ParamSpec, Pass, PassConfig,
+    PassContext, Result, fsio,
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -19,9 +20,24 @@ use super::split::SPLIT_ASSIGNMENTS;
 
 const PARAMS: &[ParamSpec] = &[
     param("num_splits", ParamKind::Int, "null", "Number of splits."),
-    param("block_to_split", ParamKind::Any, "null", "The module, or modules, whose children are divided; the decoder's layers."),
-    param("cost_model", ParamKind::Text, "null", "A CSV file with the columns module,num_params,num_bytes,num_flops."),
-    param("unique_embeds_lm_head_splits", ParamKind::Bool, "false", "Whether embedding and head get splits of their own."),
+    param(
+        "block_to_split",
+        ParamKind::Any,
+        "null",
+        "The module, or modules, whose children are divided; the decoder's layers.",
+    ),
+    param(
+        "cost_model",
+        ParamKind::Text,
+        "null",
+        "A CSV file with the columns module,num_params,num_bytes,num_flops.",
+    ),
+    param(
+        "unique_embeds_lm_head_splits",
+        ParamKind::Bool,
+        "false",
+        "Whether embedding and head get splits of their own.",
+    ),
 ];
 
 const COST_COLUMNS: &str = "module,num_params,num_bytes,num_flops";
@@ -57,7 +73,14 @@ impl CaptureSplitInfo {
     /// [`Error::Config`] for parameters that do not fit the model; errors of reading the cost model.
     pub fn assignments(&self, model: &dyn ModelHandle, config: &PassConfig) -> Result<Vec<(String, usize)>> {
         let found = Value::Object(config.values().clone()).to_string();
-        let wrong = |_| Error::config(ORIGIN, "num_splits", "a positive number, and names as `block_to_split`", found);
+        let wrong = |_| {
+            Error::config(
+                ORIGIN,
+                "num_splits",
+                "a positive number, and names as `block_to_split`",
+                found,
+            )
+        };
         let given: Parameters = config.parse(ORIGIN).map_err(wrong)?;
         let spec = model.spec();
         let blocks = match given.block_to_split {
@@ -66,19 +89,45 @@ impl CaptureSplitInfo {
             Some(Blocks::Many(names)) => names,
         };
         if let Some(other) = blocks.iter().find(|name| *name != "model.layers") {
-            return Err(Error::config(ORIGIN, "block_to_split", "`model.layers`", format!("`{other}`")));
+            return Err(Error::config(
+                ORIGIN,
+                "block_to_split",
+                "`model.layers`",
+                format!("`{other}`"),
+            ));
         }
-        let layers: Vec<String> = (0..spec.n_layers).map(|layer| format!("model.layers.{layer}")).collect();
+        let layers: Vec<String> = (0..spec.n_layers)
+            .map(|layer| format!("model.layers.{layer}"))
+            .collect();
         let numbers = match (given.num_splits, &given.cost_model) {
-            (None, None) => return Err(Error::config(ORIGIN, "num_splits", "a number, or a `cost_model`", "neither")),
+            (None, None) => {
+                return Err(Error::config(
+                    ORIGIN,
+                    "num_splits",
+                    "a number, or a `cost_model`",
+                    "neither",
+                ));
+            }
             (Some(n), _) if n == 0 || n > layers.len() => {
-                return Err(Error::config(ORIGIN, "num_splits", format!("1 to {} (the layers)", layers.len()), n.to_string()));
+                return Err(Error::config(
+                    ORIGIN,
+                    "num_splits",
+                    format!("1 to {} (the layers)", layers.len()),
+                    n.to_string(),
+                ));
             }
             (Some(n), None) => evenly(layers.len(), n),
             (Some(n), Some(table)) => balanced(&costs(table, &layers)?, n),
             (None, Some(table)) => match self.memory {
                 Some(memory) => filled(&costs(table, &layers)?, memory)?,
-                None => return Err(Error::config(ORIGIN, "cost_model", "a device of known memory, or `num_splits`", "neither")),
+                None => {
+                    return Err(Error::config(
+                        ORIGIN,
+                        "cost_model",
+                        "a device of known memory, or `num_splits`",
+                        "neither",
+                    ));
+                }
             },
         };
         let shift = usize::from(given.unique_embeds_lm_head_splits);
@@ -87,7 +136,11 @@ impl CaptureSplitInfo {
         if given.unique_embeds_lm_head_splits {
             entries.push(("model.embed_tokens".to_owned(), 0));
         }
-        entries.extend(layers.into_iter().zip(numbers.into_iter().map(|number| number + shift)));
+        entries.extend(
+            layers
+                .into_iter()
+                .zip(numbers.into_iter().map(|number| number + shift)),
+        );
         if given.unique_embeds_lm_head_splits {
             entries.push(("lm_head".to_owned(), last + 1));
         }
@@ -98,7 +151,9 @@ impl CaptureSplitInfo {
 /// `count` things in `splits` runs whose lengths differ by one at most, the longer first.
 fn evenly(count: usize, splits: usize) -> Vec<usize> {
     let (length, longer) = (count / splits, count % splits);
-    (0..splits).flat_map(|split| std::iter::repeat_n(split, length + usize::from(split < longer))).collect()
+    (0..splits)
+        .flat_map(|split| std::iter::repeat_n(split, length + usize::from(split < longer)))
+        .collect()
 }
 
 /// Runs of which none has more than `memory` bytes.
@@ -107,7 +162,12 @@ fn filled(bytes: &[u64], memory: u64) -> Result<Vec<usize>> {
     let mut numbers = Vec::with_capacity(bytes.len());
     for (layer, size) in bytes.iter().enumerate() {
         if *size > memory {
-            return Err(Error::config(ORIGIN, "cost_model", format!("layers within {memory} bytes"), format!("{size} bytes for layer {layer}")));
+            return Err(Error::config(
+                ORIGIN,
+                "cost_model",
+                format!("layers within {memory} bytes"),
+                format!("{size} bytes for layer {layer}"),
+            ));
         }
         if used + size > memory {
             split += 1;
@@ -158,21 +218,44 @@ fn costs(path: &Path, layers: &[String]) -> Result<Vec<u64>> {
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let header = lines.next().unwrap_or_default();
     if header != COST_COLUMNS {
-        return Err(Error::file(path, format!("a table with the columns {COST_COLUMNS}"), format!("`{header}`")));
+        return Err(Error::file(
+            path,
+            format!("a table with the columns {COST_COLUMNS}"),
+            format!("`{header}`"),
+        ));
     }
     let mut bytes = vec![0u64; layers.len()];
-    let index: HashMap<&str, usize> = layers.iter().enumerate().map(|(i, name)| (name.as_str(), i)).collect();
+    let index: HashMap<&str, usize> = layers
+        .iter()
+        .enumerate()
+        .map(|(i, name)| (name.as_str(), i))
+        .collect();
     for line in lines {
         let fields: Vec<&str> = line.split(',').map(str::trim).collect();
-        let size = (fields.len() == 4).then(|| fields[2].parse::<u64>().ok()).flatten();
-        let size = size.ok_or_else(|| Error::file(path, "a module and three numbers in each line", format!("`{line}`")))?;
-        let layer = fields[0].match_indices('.').map(|(at, _)| &fields[0][..at]).find_map(|prefix| index.get(prefix));
+        let size = (fields.len() == 4)
+            .then(|| fields[2].parse::<u64>().ok())
+            .flatten();
+        let size = size.ok_or_else(|| {
+            Error::file(
+                path,
+                "a module and three numbers in each line",
+                format!("`{line}`"),
+            )
+        })?;
+        let layer = fields[0]
+            .match_indices('.')
+            .map(|(at, _)| &fields[0][..at])
+            .find_map(|prefix| index.get(prefix));
         if let Some(layer) = layer.or_else(|| index.get(fields[0])) {
             bytes[*layer] += size;
         }
     }
     if let Some(empty) = bytes.iter().position(|size| *size == 0) {
-        return Err(Error::file(path, format!("a cost for `{}`", layers[empty]), "none"));
+        return Err(Error::file(
+            path,
+            format!("a cost for `{}`", layers[empty]),
+            "none",
+        ));
     }
     Ok(bytes)
 }
@@ -191,7 +274,13 @@ impl Pass for CaptureSplitInfo {
     }
 
     fn input_files(&self, config: &PassConfig) -> Vec<PathBuf> {
-        config.values().get("cost_model").and_then(Value::as_str).map(PathBuf::from).into_iter().collect()
+        config
+            .values()
+            .get("cost_model")
+            .and_then(Value::as_str)
+            .map(PathBuf::from)
+            .into_iter()
+            .collect()
     }
 
     fn check(&self, model: &dyn ModelHandle, config: &PassConfig) -> Result<()> {
@@ -203,12 +292,22 @@ impl Pass for CaptureSplitInfo {
 
     /// Leaves the model's own files, linked, with `model_config.json` beside them, which holds the assignments under
     /// `model_attributes`.
-    fn run(&self, model: &dyn ModelHandle, config: &PassConfig, context: &PassContext<'_>) -> Result<Arc<dyn ModelHandle>> {
+    fn run(
+        &self,
+        model: &dyn ModelHandle,
+        config: &PassConfig,
+        context: &PassContext<'_>,
+    ) -> Result<Arc<dyn ModelHandle>> {
         let assignments = self.assignments(model, config)?;
         fsio::create_dir(context.output)?;
-        let mut noted = ModelConfigFile::read(model.path())?.map(|file| file.config).unwrap_or_default();
+        let mut noted = ModelConfigFile::read(model.path())?
+            .map(|file| file.config)
+            .unwrap_or_default();
         link_files(model.path(), context.output, context)?;
-        let text: Vec<String> = assignments.iter().map(|(name, number)| format!("{name}={number}")).collect();
+        let text: Vec<String> = assignments
+            .iter()
+            .map(|(name, number)| format!("{name}={number}"))
+            .collect();
         let attributes = noted.entry("model_attributes").or_insert_with(|| json!({}));
         if let Value::Object(map) = attributes {
             map.insert(SPLIT_ASSIGNMENTS.to_owned(), Value::from(text.join(";")));
@@ -218,7 +317,11 @@ impl Pass for CaptureSplitInfo {
             link_files(adapter, &context.output.join("adapter"), context)?;
             noted.insert("adapter_path".to_owned(), Value::from("adapter"));
         }
-        ModelConfigFile { kind: "HfModel".to_owned(), config: noted }.write(context.output)?;
+        ModelConfigFile {
+            kind: "HfModel".to_owned(),
+            config: noted,
+        }
+        .write(context.output)?;
         Ok(Arc::new(HfModel::open(context.output)?))
     }
 }
@@ -259,7 +362,17 @@ mod tests {
         let bytes = [4u64, 9, 2, 2, 7, 1, 3];
         for splits in 1..=bytes.len() {
             let largest = |numbers: &[usize]| {
-                (0..splits).map(|k| numbers.iter().zip(&bytes).filter(|(n, _)| **n == k).map(|(_, b)| b).sum::<u64>()).max().unwrap()
+                (0..splits)
+                    .map(|k| {
+                        numbers
+                            .iter()
+                            .zip(&bytes)
+                            .filter(|(n, _)| **n == k)
+                            .map(|(_, b)| b)
+                            .sum::<u64>()
+                    })
+                    .max()
+                    .unwrap()
             };
             let got = balanced(&bytes, splits);
             assert!(got.is_sorted() && (0..splits).all(|k| got.contains(&k)));

@@ -78,7 +78,11 @@ impl Draft {
         fsio::create_dir(output)?;
         let same = |path: &Path| std::fs::canonicalize(path).ok();
         if same(output).is_some_and(|output| same(&self.folder) == Some(output)) {
-            return Err(Error::file(output, "an output folder of its own", "the model's own folder"));
+            return Err(Error::file(
+                output,
+                "an output folder of its own",
+                "the model's own folder",
+            ));
         }
         for file in &self.companions {
             let name = file.file_name().unwrap_or_default();
@@ -91,18 +95,36 @@ impl Draft {
             write_adapter(&output.join(ADAPTER_FILE), adapter)?;
         }
         let write = |model: &Model, graph_file: &str| {
-            write_model(model, output, &WriteOptions { graph_file, progress, cancel }).map(|_| ())
+            write_model(
+                model,
+                output,
+                &WriteOptions {
+                    graph_file,
+                    progress,
+                    cancel,
+                },
+            )
+            .map(|_| ())
         };
         match self.parts.is_empty() {
             true => write(&self.model, GRAPH_FILE)?,
-            false => self.parts.iter().try_for_each(|(file, model)| write(model, file))?,
+            false => self
+                .parts
+                .iter()
+                .try_for_each(|(file, model)| write(model, file))?,
         }
         if !self.attributes.is_empty() {
             let config = [
                 ("model_path".to_owned(), Value::from(".")),
-                ("model_attributes".to_owned(), Value::Object(self.attributes.clone())),
+                (
+                    "model_attributes".to_owned(),
+                    Value::Object(self.attributes.clone()),
+                ),
             ];
-            let file = ModelConfigFile { kind: "ONNXModel".to_owned(), config: config.into_iter().collect() };
+            let file = ModelConfigFile {
+                kind: "ONNXModel".to_owned(),
+                config: config.into_iter().collect(),
+            };
             file.write(output)?;
         }
         if let Some(config) = &self.genai_config {
@@ -129,11 +151,17 @@ fn companions(folder: &Path, graph_path: &Path, graph: &Graph) -> Result<Vec<Pat
     for name in [GENAI_CONFIG_FILE, "model_config.json"] {
         own.insert(folder.join(name));
     }
-    let listing = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let listing = if folder.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        folder
+    };
     let mut files = Vec::new();
     for entry in std::fs::read_dir(listing).map_err(Error::io("read folder", listing))? {
         let path = folder.join(entry.map_err(Error::io("read folder", listing))?.file_name());
-        let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        let hidden = path
+            .file_name()
+            .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
         if path.is_file() && !hidden && !own.contains(&path) {
             files.push(path);
         }

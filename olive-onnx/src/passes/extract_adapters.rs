@@ -21,10 +21,30 @@ use crate::adapter::AdapterFile;
 use crate::ir::{Dim, Graph, Node, OnnxType, Tensor, ValueInfo};
 
 const PARAMS: [ParamSpec; 10] = with_external_data([
-    param("adapter_type", ParamKind::OneOf(&["lora", "dora", "loha"]), "\"lora\"", "Only `lora`."),
-    param("make_inputs", ParamKind::Bool, "true", "Whether weights become inputs; if not they stay, in the data file."),
-    param("dynamic_lora_r", ParamKind::Bool, "true", "Whether the rank is the symbol `lora_r`."),
-    param("optional_inputs", ParamKind::Bool, "true", "Whether inputs have defaults that change nothing."),
+    param(
+        "adapter_type",
+        ParamKind::OneOf(&["lora", "dora", "loha"]),
+        "\"lora\"",
+        "Only `lora`.",
+    ),
+    param(
+        "make_inputs",
+        ParamKind::Bool,
+        "true",
+        "Whether weights become inputs; if not they stay, in the data file.",
+    ),
+    param(
+        "dynamic_lora_r",
+        ParamKind::Bool,
+        "true",
+        "Whether the rank is the symbol `lora_r`.",
+    ),
+    param(
+        "optional_inputs",
+        ParamKind::Bool,
+        "true",
+        "Whether inputs have defaults that change nothing.",
+    ),
     param(
         "save_format",
         ParamKind::OneOf(&["onnx_adapter", "pt", "numpy", "safetensors"]),
@@ -52,10 +72,16 @@ fn parse(_origin: &str, config: &PassConfig) -> Result<Box<dyn GraphPass>> {
     let given: Parameters = config.parse("pass `ExtractAdapters`")?;
     if given.adapter_type != "lora" {
         let what = format!("adapter_type `{}`", given.adapter_type);
-        return Err(Error::unsupported(what, "its weights are not low-rank products that can be left out; merge it"));
+        return Err(Error::unsupported(
+            what,
+            "its weights are not low-rank products that can be left out; merge it",
+        ));
     }
     if given.save_format != "onnx_adapter" {
-        return Err(Error::unsupported(format!("save_format `{}`", given.save_format), "use `onnx_adapter`"));
+        return Err(Error::unsupported(
+            format!("save_format `{}`", given.save_format),
+            "use `onnx_adapter`",
+        ));
     }
     Ok(Box::new(given))
 }
@@ -105,21 +131,37 @@ impl GraphPass for Parameters {
         if !self.make_inputs {
             return Ok(false);
         }
-        let rank = found.iter().map(|weight| weight.tensor.shape()[weight.side.rank_axis()]).max().unwrap_or(0);
+        let rank = found
+            .iter()
+            .map(|weight| weight.tensor.shape()[weight.side.rank_axis()])
+            .max()
+            .unwrap_or(0);
         let graph = &mut draft.model.graph;
         for (index, node) in nodes {
             graph.nodes[index] = node;
         }
         let names: HashSet<&str> = found.iter().map(|weight| weight.name.as_str()).collect();
-        graph.initializers.retain(|tensor| !names.contains(tensor.name.as_str()));
-        graph.value_infos.retain(|info| !names.contains(info.name.as_str()));
+        graph
+            .initializers
+            .retain(|tensor| !names.contains(tensor.name.as_str()));
+        graph
+            .value_infos
+            .retain(|info| !names.contains(info.name.as_str()));
         let mut parameters = Vec::with_capacity(found.len());
         for weight in &found {
             self.add_input(graph, weight)?;
-            parameters.push(if self.dynamic_lora_r { padded(weight, rank)? } else { weight.tensor.clone() });
+            parameters.push(if self.dynamic_lora_r {
+                padded(weight, rank)?
+            } else {
+                weight.tensor.clone()
+            });
         }
         remove_dead(graph);
-        draft.adapter = Some(AdapterFile { adapter_version: 1, model_version: 1, parameters });
+        draft.adapter = Some(AdapterFile {
+            adapter_version: 1,
+            model_version: 1,
+            parameters,
+        });
         Ok(true)
     }
 }
@@ -136,7 +178,9 @@ impl Parameters {
         graph.inputs.push(ValueInfo::new(&weight.name, dtype, dims));
         if self.optional_inputs {
             let bytes = vec![0; shape.iter().product::<usize>() * dtype.bits() / 8];
-            graph.initializers.push(Tensor::inline(&weight.name, dtype, shape, bytes)?);
+            graph
+                .initializers
+                .push(Tensor::inline(&weight.name, dtype, shape, bytes)?);
         }
         Ok(())
     }
@@ -154,18 +198,39 @@ fn find(graph: &Graph) -> Result<(Vec<Extracted>, HashMap<usize, Node>)> {
         if !packed && !is_op(node, "MatMul") {
             continue;
         }
-        let Some(weight) = node.input(1).filter(|name| !inputs.contains(name)) else { continue };
-        let Some(side) = Side::of(&node.name).or_else(|| Side::of(weight)) else { continue };
+        let Some(weight) = node.input(1).filter(|name| !inputs.contains(name)) else {
+            continue;
+        };
+        let Some(side) = Side::of(&node.name).or_else(|| Side::of(weight)) else {
+            continue;
+        };
         let Some(tensor) = constants.get(weight) else {
             let what = format!("the LoRA weight of node `{}`, which nodes compute,", node.name);
             return Err(Error::unsupported(what, "only constants can be extracted"));
         };
-        let dense = if packed { dequantized(node, &constants)? } else { (*tensor).clone() };
+        let dense = if packed {
+            dequantized(node, &constants)?
+        } else {
+            (*tensor).clone()
+        };
         if dense.shape().len() != 2 || dense.dtype().to_core().is_none_or(|dtype| !dtype.is_float()) {
-            return Err(Error::tensor(weight, "a float matrix as LoRA weight", format!("{dense:?}")));
+            return Err(Error::tensor(
+                weight,
+                "a float matrix as LoRA weight",
+                format!("{dense:?}"),
+            ));
         }
         let name = input_name(node, weight);
-        let mut new = if packed { Node::new(node.name.trim_end_matches("_Q4").trim_end_matches("_Q8"), "MatMul", &[&node.inputs[0]], &[&node.outputs[0]]) } else { node.clone() };
+        let mut new = if packed {
+            Node::new(
+                node.name.trim_end_matches("_Q4").trim_end_matches("_Q8"),
+                "MatMul",
+                &[&node.inputs[0]],
+                &[&node.outputs[0]],
+            )
+        } else {
+            node.clone()
+        };
         new.inputs.truncate(1);
         new.inputs.push(name.clone());
         nodes.insert(index, new);
@@ -174,7 +239,12 @@ fn find(graph: &Graph) -> Result<(Vec<Extracted>, HashMap<usize, Node>)> {
             Some(_) => return Err(Error::tensor(name, "one LoRA weight of that name", "two")),
             None => {
                 known.insert(name.clone(), found.len());
-                let tensor = Tensor::inline(&name, dense.dtype(), dense.shape().to_vec(), dense.bytes()?.into_owned())?;
+                let tensor = Tensor::inline(
+                    &name,
+                    dense.dtype(),
+                    dense.shape().to_vec(),
+                    dense.bytes()?.into_owned(),
+                )?;
                 found.push(Extracted { name, side, tensor });
             }
         }
@@ -185,24 +255,53 @@ fn find(graph: &Graph) -> Result<(Vec<Extracted>, HashMap<usize, Node>)> {
 /// The weight's own name where it says what it is; else one from the node's, as adapters of exported graphs have them.
 fn input_name(node: &Node, weight: &str) -> String {
     if Side::of(weight).is_some() {
-        let base = weight.trim_end_matches(".qweight").trim_end_matches("_Q4").trim_end_matches("_Q8");
+        let base = weight
+            .trim_end_matches(".qweight")
+            .trim_end_matches("_Q4")
+            .trim_end_matches("_Q8");
         return base.to_owned();
     }
     let dotted = node.name.replace('/', ".");
-    let dotted = dotted.trim_start_matches('.').trim_end_matches("_Q4").trim_end_matches("_Q8").trim_end_matches("NBits");
+    let dotted = dotted
+        .trim_start_matches('.')
+        .trim_end_matches("_Q4")
+        .trim_end_matches("_Q8")
+        .trim_end_matches("NBits");
     let stem = dotted.trim_end_matches(".MatMul").trim_end_matches(".default");
     format!("{stem}.weight")
 }
 
 /// The `[K, N]` weight of a MatMulNBits.
 fn dequantized(node: &Node, constants: &HashMap<&str, &Tensor>) -> Result<Tensor> {
-    let refuse = |what: &str| Error::unsupported(format!("the LoRA weight of node `{}` with {what}", node.name), "build the adapter in float");
-    let constant = |place: usize| node.input(place).map(|name| constants.get(name).copied().ok_or_else(|| refuse("parts that are no constants"))).transpose();
-    let size = |name: &str| -> Result<usize> { Ok(node.int(name)?.and_then(|n| usize::try_from(n).ok()).unwrap_or(0)) };
+    let refuse = |what: &str| {
+        Error::unsupported(
+            format!("the LoRA weight of node `{}` with {what}", node.name),
+            "build the adapter in float",
+        )
+    };
+    let constant = |place: usize| {
+        node.input(place)
+            .map(|name| {
+                constants
+                    .get(name)
+                    .copied()
+                    .ok_or_else(|| refuse("parts that are no constants"))
+            })
+            .transpose()
+    };
+    let size = |name: &str| -> Result<usize> {
+        Ok(node.int(name)?.and_then(|n| usize::try_from(n).ok()).unwrap_or(0))
+    };
     let (n, k, block_size) = (size("N")?, size("K")?, size("block_size")?);
-    let bits = if node.attribute("bits").is_some() { size("bits")? } else { 4 };
+    let bits = if node.attribute("bits").is_some() {
+        size("bits")?
+    } else {
+        4
+    };
     let (values, scales, zeros) = (constant(1)?, constant(2)?, constant(3)?);
-    let (Some(values), Some(scales)) = (values, scales) else { return Err(refuse("parts that are missing")) };
+    let (Some(values), Some(scales)) = (values, scales) else {
+        return Err(refuse("parts that are missing"));
+    };
     if node.input(4).is_some() || node.input(5).is_some() || !matches!(bits, 4 | 8) || block_size == 0 {
         return Err(refuse("a group index, a bias, or other than 4 or 8 bits"));
     }
@@ -210,13 +309,20 @@ fn dequantized(node: &Node, constants: &HashMap<&str, &Tensor>) -> Result<Tensor
     let scale = scales.to_f32()?;
     let in_row = (blocks * bits).div_ceil(8);
     if values.len() != n * blocks * block_size * bits / 8 || scale.len() != n * blocks {
-        return Err(Error::tensor(&values.name, format!("sizes that fit N {n} and K {k}"), format!("{values:?}")));
+        return Err(Error::tensor(
+            &values.name,
+            format!("sizes that fit N {n} and K {k}"),
+            format!("{values:?}"),
+        ));
     }
     let zero: Vec<f32> = match zeros {
         None => vec![(1u32 << (bits - 1)) as f32; n * blocks],
-        Some(zeros) if zeros.dtype() == OnnxType::Uint8 && zeros.len() == n * in_row => {
-            zeros.bytes()?.chunks_exact(in_row).flat_map(|row| unpack(row, bits, blocks)).map(f32::from).collect()
-        }
+        Some(zeros) if zeros.dtype() == OnnxType::Uint8 && zeros.len() == n * in_row => zeros
+            .bytes()?
+            .chunks_exact(in_row)
+            .flat_map(|row| unpack(row, bits, blocks))
+            .map(f32::from)
+            .collect(),
         Some(zeros) if zeros.len() == n * blocks => zeros.to_f32()?,
         Some(_) => return Err(refuse("zero points of another size")),
     };

@@ -12,9 +12,24 @@ use crate::ir::{Dim, Graph};
 
 const PARAMS: [ParamSpec; 9] = with_external_data([
     param("dim_param", ParamKind::TextList, "null", "Symbols to replace."),
-    param("dim_value", ParamKind::Object, "null", "A number for each of `dim_param`."),
-    param("input_name", ParamKind::TextList, "null", "Inputs whose shape is given."),
-    param("input_shape", ParamKind::Object, "null", "A list of numbers for each of `input_name`."),
+    param(
+        "dim_value",
+        ParamKind::Object,
+        "null",
+        "A number for each of `dim_param`.",
+    ),
+    param(
+        "input_name",
+        ParamKind::TextList,
+        "null",
+        "Inputs whose shape is given.",
+    ),
+    param(
+        "input_shape",
+        ParamKind::Object,
+        "null",
+        "A list of numbers for each of `input_name`.",
+    ),
 ]);
 
 /// The pass.
@@ -35,21 +50,51 @@ struct Fix {
 
 fn parse(origin: &str, config: &PassConfig) -> Result<Box<dyn GraphPass>> {
     let found = serde_json::Value::Object(config.values().clone()).to_string();
-    let given: Parameters = config
-        .parse(origin)
-        .map_err(|_| Error::config(origin, "dim_value", "positive whole numbers, as in `input_shape`", found))?;
-    let symbols = paired(origin, ["dim_param", "dim_value"], given.dim_param, given.dim_value)?;
-    let inputs = paired(origin, ["input_name", "input_shape"], given.input_name, given.input_shape)?;
+    let given: Parameters = config.parse(origin).map_err(|_| {
+        Error::config(
+            origin,
+            "dim_value",
+            "positive whole numbers, as in `input_shape`",
+            found,
+        )
+    })?;
+    let symbols = paired(
+        origin,
+        ["dim_param", "dim_value"],
+        given.dim_param,
+        given.dim_value,
+    )?;
+    let inputs = paired(
+        origin,
+        ["input_name", "input_shape"],
+        given.input_name,
+        given.input_shape,
+    )?;
     if symbols.is_empty() && inputs.is_empty() {
-        return Err(Error::config(origin, "dim_param", "symbols, or `input_name`", "neither"));
+        return Err(Error::config(
+            origin,
+            "dim_param",
+            "symbols, or `input_name`",
+            "neither",
+        ));
     }
     if symbols.iter().any(|(_, value)| *value == 0) || inputs.iter().any(|(_, shape)| shape.contains(&0)) {
-        return Err(Error::config(origin, "dim_value", "numbers above 0, as in `input_shape`", "0"));
+        return Err(Error::config(
+            origin,
+            "dim_value",
+            "numbers above 0, as in `input_shape`",
+            "0",
+        ));
     }
     Ok(Box::new(Fix { symbols, inputs }))
 }
 
-fn paired<T>(origin: &str, keys: [&str; 2], names: Option<Vec<String>>, values: Option<Vec<T>>) -> Result<Vec<(String, T)>> {
+fn paired<T>(
+    origin: &str,
+    keys: [&str; 2],
+    names: Option<Vec<String>>,
+    values: Option<Vec<T>>,
+) -> Result<Vec<(String, T)>> {
     let (names, values) = (names.unwrap_or_default(), values.unwrap_or_default());
     if names.len() != values.len() {
         let expected = format!("as many as `{}` ({})", keys[0], names.len());
@@ -69,7 +114,12 @@ impl GraphPass for Fix {
         for (symbol, size) in &self.symbols {
             match sizes.insert(symbol.clone(), *size) {
                 Some(other) if other != *size => {
-                    return Err(Error::config("pass `DynamicToFixedShape`", "dim_value", format!("{other} for `{symbol}`, as its input has"), size.to_string()));
+                    return Err(Error::config(
+                        "pass `DynamicToFixedShape`",
+                        "dim_value",
+                        format!("{other} for `{symbol}`, as its input has"),
+                        size.to_string(),
+                    ));
                 }
                 _ => {}
             }
@@ -79,14 +129,31 @@ impl GraphPass for Fix {
 }
 
 /// Fixes sizes of an input that have no symbol, and notes those of its symbols.
-fn fix_input(graph: &mut Graph, name: &str, shape: &[usize], sizes: &mut HashMap<String, usize>) -> Result<bool> {
+fn fix_input(
+    graph: &mut Graph,
+    name: &str,
+    shape: &[usize],
+    sizes: &mut HashMap<String, usize>,
+) -> Result<bool> {
     let origin = "pass `DynamicToFixedShape`";
     let known: Vec<String> = graph.inputs.iter().map(|input| input.name.clone()).collect();
     let Some(input) = graph.inputs.iter_mut().find(|input| input.name == name) else {
-        return Err(Error::config(origin, "input_name", format!("one of {}", known.join(", ")), format!("`{name}`")));
+        return Err(Error::config(
+            origin,
+            "input_name",
+            format!("one of {}", known.join(", ")),
+            format!("`{name}`"),
+        ));
     };
     let display = input.to_string();
-    let wrong = || Error::config(origin, "input_shape", format!("a shape that fits `{display}`"), format!("{shape:?}"));
+    let wrong = || {
+        Error::config(
+            origin,
+            "input_shape",
+            format!("a shape that fits `{display}`"),
+            format!("{shape:?}"),
+        )
+    };
     let dims = input.shape.get_or_insert_with(|| vec![Dim::Unknown; shape.len()]);
     if dims.len() != shape.len() {
         return Err(wrong());
@@ -111,7 +178,11 @@ fn fix_input(graph: &mut Graph, name: &str, shape: &[usize], sizes: &mut HashMap
 
 fn replace(graph: &mut Graph, sizes: &HashMap<String, usize>) -> bool {
     let mut changed = false;
-    let infos = graph.inputs.iter_mut().chain(&mut graph.outputs).chain(&mut graph.value_infos);
+    let infos = graph
+        .inputs
+        .iter_mut()
+        .chain(&mut graph.outputs)
+        .chain(&mut graph.value_infos);
     for dim in infos.filter_map(|info| info.shape.as_mut()).flatten() {
         if let Dim::Symbol(symbol) = dim
             && let Some(size) = sizes.get(symbol)
@@ -164,7 +235,10 @@ mod tests {
             serde_json::json!({"input_name": ["x"], "input_shape": [[2, 5]]}),
         ] {
             let configured = pass.configure(wrong.as_object().unwrap()).unwrap();
-            assert!(pass.apply(configured.as_ref(), &mut Draft::of(surgery::sample_model())).is_err());
+            assert!(
+                pass.apply(configured.as_ref(), &mut Draft::of(surgery::sample_model()))
+                    .is_err()
+            );
         }
     }
 }

@@ -15,29 +15,78 @@ use serde::Deserialize;
 
 use super::params::{param, with_external_data};
 use super::rewrite::{
-    FreshNames, branches, branches_mut, captures, consumers, output_names, producers, redirect_branches, set_attribute,
+    FreshNames, branches, branches_mut, captures, consumers, output_names, producers, redirect_branches,
+    set_attribute,
 };
 use super::types::{Types, infer};
 use super::{Draft, GraphPass, OnnxPass};
 use crate::ir::{Attribute, Graph, MICROSOFT, Node, OnnxType, Tensor, ValueInfo};
 
 const PARAMS: [ParamSpec; 13] = with_external_data([
-    param("min_positive_val", ParamKind::Float, "1e-7", "Constants nearer to zero, zero excepted, are moved out to this."),
-    param("max_finite_val", ParamKind::Float, "10000.0", "Finite constants farther from zero are moved in to this."),
-    param("keep_io_types", ParamKind::Any, "false", "Whether inputs and outputs stay FLOAT; or the names of those that do."),
-    param("use_symbolic_shape_infer", ParamKind::Bool, "true", "Without effect: types follow from the operators."),
-    param("op_block_list", ParamKind::TextList, "null", "Operators that stay FLOAT, instead of the usual ones."),
-    param("op_include_list", ParamKind::TextList, "null", "The only operators to convert; not with `op_block_list`."),
-    param("node_block_list", ParamKind::TextList, "null", "Names of nodes that stay FLOAT."),
-    param("node_include_list", ParamKind::TextList, "null", "Names of the only nodes to convert; not with `node_block_list`."),
+    param(
+        "min_positive_val",
+        ParamKind::Float,
+        "1e-7",
+        "Constants nearer to zero, zero excepted, are moved out to this.",
+    ),
+    param(
+        "max_finite_val",
+        ParamKind::Float,
+        "10000.0",
+        "Finite constants farther from zero are moved in to this.",
+    ),
+    param(
+        "keep_io_types",
+        ParamKind::Any,
+        "false",
+        "Whether inputs and outputs stay FLOAT; or the names of those that do.",
+    ),
+    param(
+        "use_symbolic_shape_infer",
+        ParamKind::Bool,
+        "true",
+        "Without effect: types follow from the operators.",
+    ),
+    param(
+        "op_block_list",
+        ParamKind::TextList,
+        "null",
+        "Operators that stay FLOAT, instead of the usual ones.",
+    ),
+    param(
+        "op_include_list",
+        ParamKind::TextList,
+        "null",
+        "The only operators to convert; not with `op_block_list`.",
+    ),
+    param(
+        "node_block_list",
+        ParamKind::TextList,
+        "null",
+        "Names of nodes that stay FLOAT.",
+    ),
+    param(
+        "node_include_list",
+        ParamKind::TextList,
+        "null",
+        "Names of the only nodes to convert; not with `node_block_list`.",
+    ),
 ]);
 
 /// The pass.
 pub const PASS: OnnxPass = OnnxPass::new("OnnxFloatToFloat16", &PARAMS, parse);
 
 /// Operators that have no kernel for FLOAT16, or lose too much in it.
-const USUALLY_BLOCKED: &[&str] =
-    &["NonMaxSuppression", "TopK", "RoiAlign", "Range", "CumSum", "Min", "Max", "Upsample"];
+const USUALLY_BLOCKED: &[&str] = &[
+    "NonMaxSuppression",
+    "TopK",
+    "RoiAlign",
+    "Range",
+    "CumSum",
+    "Min",
+    "Max",
+    "Upsample",
+];
 
 #[derive(Deserialize)]
 struct Parameters {
@@ -68,34 +117,61 @@ impl Keep {
 
 fn parse(origin: &str, config: &PassConfig) -> Result<Box<dyn GraphPass>> {
     let keep = config.values().get("keep_io_types").cloned().unwrap_or_default();
-    let given: Parameters = config
-        .parse(origin)
-        .map_err(|_| Error::config(origin, "keep_io_types", "true, false or a list of names", keep.to_string()))?;
+    let given: Parameters = config.parse(origin).map_err(|_| {
+        Error::config(
+            origin,
+            "keep_io_types",
+            "true, false or a list of names",
+            keep.to_string(),
+        )
+    })?;
     for (a, b, names) in [
-        (&given.op_block_list, &given.op_include_list, ["op_block_list", "op_include_list"]),
-        (&given.node_block_list, &given.node_include_list, ["node_block_list", "node_include_list"]),
+        (
+            &given.op_block_list,
+            &given.op_include_list,
+            ["op_block_list", "op_include_list"],
+        ),
+        (
+            &given.node_block_list,
+            &given.node_include_list,
+            ["node_block_list", "node_include_list"],
+        ),
     ] {
         if a.is_some() && b.is_some() {
-            return Err(Error::config(origin, names[1], format!("nothing beside `{}`", names[0]), "a list"));
+            return Err(Error::config(
+                origin,
+                names[1],
+                format!("nothing beside `{}`", names[0]),
+                "a list",
+            ));
         }
     }
     let most = f16::MAX.to_f32();
     let sound = given.min_positive_val > 0.0 && given.min_positive_val < given.max_finite_val;
     if !sound || given.max_finite_val > most {
         let found = format!("{} and {}", given.min_positive_val, given.max_finite_val);
-        return Err(Error::config(origin, "max_finite_val", format!("0 < min_positive_val < max_finite_val <= {most}"), found));
+        return Err(Error::config(
+            origin,
+            "max_finite_val",
+            format!("0 < min_positive_val < max_finite_val <= {most}"),
+            found,
+        ));
     }
     Ok(Box::new(given))
 }
 
 impl Parameters {
     fn blocks(&self, node: &Node) -> bool {
-        let has = |list: &Option<Vec<String>>, name: &str| list.as_ref().map(|list| list.iter().any(|entry| entry == name));
+        let has = |list: &Option<Vec<String>>, name: &str| {
+            list.as_ref().map(|list| list.iter().any(|entry| entry == name))
+        };
         if let Some(included) = has(&self.op_include_list, &node.op_type) {
             if !included {
                 return true;
             }
-        } else if has(&self.op_block_list, &node.op_type).unwrap_or(USUALLY_BLOCKED.contains(&node.op_type.as_str())) {
+        } else if has(&self.op_block_list, &node.op_type)
+            .unwrap_or(USUALLY_BLOCKED.contains(&node.op_type.as_str()))
+        {
             return true;
         }
         has(&self.node_block_list, &node.name).unwrap_or(false)
@@ -113,7 +189,12 @@ impl Parameters {
             };
             f16::from_f32(clipped).to_le_bytes()
         };
-        bytes.as_chunks::<4>().0.par_iter().flat_map_iter(convert).collect()
+        bytes
+            .as_chunks::<4>()
+            .0
+            .par_iter()
+            .flat_map_iter(convert)
+            .collect()
     }
 
     fn tensor(&self, tensor: &Tensor, name: &str) -> Result<Tensor> {
@@ -134,7 +215,11 @@ impl Parameters {
 impl GraphPass for Parameters {
     fn apply(&self, draft: &mut Draft) -> Result<bool> {
         let names = FreshNames::new(&draft.model.graph);
-        let mut job = Job { pass: self, names, changed: false };
+        let mut job = Job {
+            pass: self,
+            names,
+            changed: false,
+        };
         job.convert(&mut draft.model.graph, &Types::new(), &HashMap::new(), true)?;
         Ok(job.changed)
     }
@@ -172,7 +257,12 @@ impl Job<'_> {
         }
         self.constants(graph, &decided)?;
         self.nodes(graph, &types, &decided)?;
-        for info in graph.value_infos.iter_mut().chain(&mut graph.inputs).chain(&mut graph.outputs) {
+        for info in graph
+            .value_infos
+            .iter_mut()
+            .chain(&mut graph.inputs)
+            .chain(&mut graph.outputs)
+        {
             if info.dtype == Some(OnnxType::Float) && decided.get(&info.name) == Some(&true) {
                 info.dtype = Some(OnnxType::Float16);
                 self.changed = true;
@@ -203,11 +293,19 @@ impl Job<'_> {
                         }
                     }
                     if branches(node).any(|branch| captures(branch).contains(&name)) {
-                        wishes.push(if self.pass.blocks(node) { Wish::Float } else { Wish::Half });
+                        wishes.push(if self.pass.blocks(node) {
+                            Wish::Float
+                        } else {
+                            Wish::Half
+                        });
                     }
                 }
                 if output_names(graph).contains(name) {
-                    wishes.push(if top && self.pass.keep_io_types.keeps(name) { Wish::Float } else { Wish::Half });
+                    wishes.push(if top && self.pass.keep_io_types.keeps(name) {
+                        Wish::Float
+                    } else {
+                        Wish::Half
+                    });
                 }
                 wishes.contains(&Wish::Half) || !wishes.contains(&Wish::Float)
             }
@@ -219,7 +317,9 @@ impl Job<'_> {
         match node.op_type.as_str() {
             "Constant" | "Cast" if node.domain.is_empty() => Wish::Any,
             "DynamicQuantizeLinear" => Wish::Float,
-            "SkipSimplifiedLayerNormalization" | "SkipLayerNormalization" if place == 1 || place == 2 => Wish::Float,
+            "SkipSimplifiedLayerNormalization" | "SkipLayerNormalization" if place == 1 || place == 2 => {
+                Wish::Float
+            }
             "SimplifiedLayerNormalization" | "LayerNormalization" if place > 0 => Wish::Float,
             _ if self.pass.blocks(node) => Wish::Float,
             _ => Wish::Half,
@@ -253,7 +353,10 @@ impl Job<'_> {
     /// Converts what nodes carry: constants, the target of casts, and branches.
     fn nodes(&mut self, graph: &mut Graph, types: &Types, decided: &HashMap<String, bool>) -> Result<()> {
         for node in &mut graph.nodes {
-            let half = node.outputs.iter().any(|name| decided.get(name) == Some(&true) && types.get(name) == Some(&OnnxType::Float));
+            let half = node
+                .outputs
+                .iter()
+                .any(|name| decided.get(name) == Some(&true) && types.get(name) == Some(&OnnxType::Float));
             if !self.pass.blocks(node) {
                 for branch in branches_mut(node) {
                     self.convert(branch, types, decided, false)?;
@@ -272,10 +375,13 @@ impl Job<'_> {
                     };
                     set_attribute(node, "value", value);
                 }
-                "DequantizeLinear" if node.int("output_dtype")? == Some(i64::from(OnnxType::Float.code())) => {
+                "DequantizeLinear"
+                    if node.int("output_dtype")? == Some(i64::from(OnnxType::Float.code())) =>
+                {
                     set_attribute(node, "output_dtype", i64::from(OnnxType::Float16.code()));
                 }
-                "RandomNormal" | "RandomUniform" | "RandomNormalLike" | "RandomUniformLike" | "EyeLike" | "Multinomial" => {
+                "RandomNormal" | "RandomUniform" | "RandomNormalLike" | "RandomUniformLike" | "EyeLike"
+                | "Multinomial" => {
                     set_attribute(node, "dtype", i64::from(OnnxType::Float16.code()));
                 }
                 _ => continue,
@@ -292,7 +398,10 @@ impl Job<'_> {
             Some((_, Attribute::Floats(values))) => Tensor::floats("", [values.len()], values)?,
             _ => return Ok(()),
         };
-        node.attributes = vec![("value".to_owned(), Attribute::Tensor(self.pass.tensor(&dense, &dense.name.clone())?))];
+        node.attributes = vec![(
+            "value".to_owned(),
+            Attribute::Tensor(self.pass.tensor(&dense, &dense.name.clone())?),
+        )];
         Ok(())
     }
 
@@ -318,21 +427,35 @@ impl Job<'_> {
                 hits.map(move |place| (index, place)).collect::<Vec<_>>()
             };
             let all = nodes.into_iter().flat_map(places);
-            all.filter(|(index, place)| self.input_wish(&graph.nodes[*index], *place) == wanted).collect()
+            all.filter(|(index, place)| self.input_wish(&graph.nodes[*index], *place) == wanted)
+                .collect()
         };
         // The branches of a node that stays FLOAT read the cast value too.
-        let inside: Vec<usize> = if wanted == Wish::Float { self.blocked_captures(graph, name) } else { Vec::new() };
-        let first = readers.iter().map(|(index, _)| *index).chain(inside.iter().copied()).min();
+        let inside: Vec<usize> = if wanted == Wish::Float {
+            self.blocked_captures(graph, name)
+        } else {
+            Vec::new()
+        };
+        let first = readers
+            .iter()
+            .map(|(index, _)| *index)
+            .chain(inside.iter().copied())
+            .min();
         let Some(first) = first else { return };
         let to = if half { OnnxType::Float } else { OnnxType::Float16 };
-        let value = self.names.make(&format!("{name}_as_{}", to.to_string().to_lowercase()));
+        let value = self
+            .names
+            .make(&format!("{name}_as_{}", to.to_string().to_lowercase()));
         declare(graph, name, &value, to);
         let cast = self.names.make(&format!("{value}_cast"));
         for (index, place) in readers {
             graph.nodes[index].inputs[place].clone_from(&value);
         }
         for index in inside {
-            redirect_branches(&mut graph.nodes[index], &HashMap::from([(name.to_owned(), value.clone())]));
+            redirect_branches(
+                &mut graph.nodes[index],
+                &HashMap::from([(name.to_owned(), value.clone())]),
+            );
         }
         graph.nodes.insert(first, cast_node(cast, name, &value, to));
         self.changed = true;
@@ -342,7 +465,10 @@ impl Job<'_> {
     fn blocked_captures(&self, graph: &Graph, name: &str) -> Vec<usize> {
         let captured = |node: &Node| branches(node).any(|branch| captures(branch).contains(&name));
         let nodes = graph.nodes.iter().enumerate();
-        nodes.filter(|(_, node)| captured(node) && self.pass.blocks(node)).map(|(index, _)| index).collect()
+        nodes
+            .filter(|(_, node)| captured(node) && self.pass.blocks(node))
+            .map(|(index, _)| index)
+            .collect()
     }
 
     /// An output keeps its name and the type it has to have.
@@ -351,7 +477,9 @@ impl Job<'_> {
         if keep != half {
             return;
         }
-        let Some(index) = producers(graph).get(name).copied() else { return };
+        let Some(index) = producers(graph).get(name).copied() else {
+            return;
+        };
         let to = if keep { OnnxType::Float } else { OnnxType::Float16 };
         let inner = self.names.make(&format!("{name}_before_cast"));
         for node in &mut graph.nodes {
@@ -363,7 +491,12 @@ impl Job<'_> {
         }
         let cast = self.names.make(&format!("{name}_cast"));
         graph.nodes.insert(index + 1, cast_node(cast, &inner, name, to));
-        declare(graph, name, &inner, if keep { OnnxType::Float16 } else { OnnxType::Float });
+        declare(
+            graph,
+            name,
+            &inner,
+            if keep { OnnxType::Float16 } else { OnnxType::Float },
+        );
         for info in graph.outputs.iter_mut().filter(|info| info.name == name) {
             info.dtype = Some(to);
         }
@@ -374,10 +507,20 @@ impl Job<'_> {
 /// Declares `new` with the shape of `name`: where shapes are left to ONNX Runtime, it takes a cache before and after
 /// attention to be of one size, and gives them one buffer.
 fn declare(graph: &mut Graph, name: &str, new: &str, dtype: OnnxType) {
-    let infos = graph.outputs.iter().chain(&graph.inputs).chain(&graph.value_infos);
-    let shape = infos.filter(|info| info.name == name).find_map(|info| info.shape.clone());
+    let infos = graph
+        .outputs
+        .iter()
+        .chain(&graph.inputs)
+        .chain(&graph.value_infos);
+    let shape = infos
+        .filter(|info| info.name == name)
+        .find_map(|info| info.shape.clone());
     if shape.is_some() {
-        graph.value_infos.push(ValueInfo { name: new.to_owned(), dtype: Some(dtype), shape });
+        graph.value_infos.push(ValueInfo {
+            name: new.to_owned(),
+            dtype: Some(dtype),
+            shape,
+        });
     }
 }
 
@@ -386,16 +529,25 @@ fn cast_node(node: String, from: &str, value: &str, to: OnnxType) -> Node {
 }
 
 fn defines(graph: &Graph, name: &str) -> bool {
-    graph.nodes.iter().any(|node| node.outputs.iter().any(|output| output == name))
+    graph
+        .nodes
+        .iter()
+        .any(|node| node.outputs.iter().any(|output| output == name))
 }
 
 /// FLOAT values that the graph itself defines, in order.
 fn own_floats(graph: &Graph, types: &Types) -> Vec<String> {
     let inputs = graph.inputs.iter().map(|info| info.name.as_str());
     let constants = graph.initializers.iter().map(|tensor| tensor.name.as_str());
-    let outputs = graph.nodes.iter().flat_map(|node| node.outputs.iter().map(String::as_str));
+    let outputs = graph
+        .nodes
+        .iter()
+        .flat_map(|node| node.outputs.iter().map(String::as_str));
     let mut seen = HashSet::new();
-    let all = inputs.chain(constants).chain(outputs).filter(|name| !name.is_empty());
+    let all = inputs
+        .chain(constants)
+        .chain(outputs)
+        .filter(|name| !name.is_empty());
     let floats = all.filter(|name| types.get(*name) == Some(&OnnxType::Float) && seen.insert(*name));
     floats.map(str::to_owned).collect()
 }

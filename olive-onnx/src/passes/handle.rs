@@ -24,11 +24,21 @@ impl WrittenModel {
         let constants = models.iter().flat_map(|model| &model.graph.initializers);
         let entries = constants.filter_map(|tensor| {
             let dtype = tensor.dtype().to_core()?;
-            let info = TensorInfo { dtype, shape: tensor.shape().to_vec() };
+            let info = TensorInfo {
+                dtype,
+                shape: tensor.shape().to_vec(),
+            };
             Some((tensor.name.clone(), (info, tensor.clone())))
         });
-        let constants = Constants { origin: path.to_path_buf(), entries: entries.collect() };
-        Self { path: path.to_path_buf(), spec, constants }
+        let constants = Constants {
+            origin: path.to_path_buf(),
+            entries: entries.collect(),
+        };
+        Self {
+            path: path.to_path_buf(),
+            spec,
+            constants,
+        }
     }
 }
 
@@ -54,7 +64,10 @@ impl TensorSource for Constants {
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
         match self.entries.get(name) {
             Some((_, tensor)) => tensor.bytes(),
-            None => Err(Error::MissingTensors { path: self.origin.clone(), names: vec![name.to_owned()] }),
+            None => Err(Error::MissingTensors {
+                path: self.origin.clone(),
+                names: vec![name.to_owned()],
+            }),
         }
     }
 }

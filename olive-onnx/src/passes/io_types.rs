@@ -9,9 +9,24 @@ use super::{Draft, GraphPass, OnnxPass};
 use crate::ir::{Graph, Node, OnnxType};
 
 const PARAMS: [ParamSpec; 8] = with_external_data([
-    param("name_pattern", ParamKind::Text, "\"logits\"", "A part of the names; `^` and `$` mark their ends, `.*` anything between."),
-    param("source_dtype", ParamKind::Int, "10", "ONNX's number of the type to convert."),
-    param("target_dtype", ParamKind::Int, "1", "ONNX's number of the new type."),
+    param(
+        "name_pattern",
+        ParamKind::Text,
+        "\"logits\"",
+        "A part of the names; `^` and `$` mark their ends, `.*` anything between.",
+    ),
+    param(
+        "source_dtype",
+        ParamKind::Int,
+        "10",
+        "ONNX's number of the type to convert.",
+    ),
+    param(
+        "target_dtype",
+        ParamKind::Int,
+        "1",
+        "ONNX's number of the new type.",
+    ),
 ]);
 
 /// The pass.
@@ -55,12 +70,27 @@ impl Pattern {
     fn new(origin: &str, text: &str) -> Result<Self> {
         let body = text.strip_prefix('^').unwrap_or(text);
         let body = body.strip_suffix('$').unwrap_or(body);
-        let parts: Vec<String> = body.split(".*").map(|part| part.replace("\\.", "\u{1}")).collect();
-        if parts.iter().any(|part| part.contains(['*', '+', '?', '(', ')', '[', ']', '{', '}', '|', '\\', '^', '$'])) {
+        let parts: Vec<String> = body
+            .split(".*")
+            .map(|part| part.replace("\\.", "\u{1}"))
+            .collect();
+        if parts
+            .iter()
+            .any(|part| part.contains(['*', '+', '?', '(', ')', '[', ']', '{', '}', '|', '\\', '^', '$']))
+        {
             let expected = "a name, with `^`, `$`, `.` and `.*` as in regular expressions";
-            return Err(Error::config(origin, "name_pattern", expected, format!("`{text}`")));
+            return Err(Error::config(
+                origin,
+                "name_pattern",
+                expected,
+                format!("`{text}`"),
+            ));
         }
-        Ok(Self { start: text.starts_with('^'), end: text.ends_with('$'), parts })
+        Ok(Self {
+            start: text.starts_with('^'),
+            end: text.ends_with('$'),
+            parts,
+        })
     }
 
     fn fits(&self, name: &str) -> bool {
@@ -70,13 +100,20 @@ impl Pattern {
             let part: Vec<char> = part.chars().collect();
             let here = |at: usize| {
                 let found = name.get(at..at + part.len());
-                found.is_some_and(|found| found.iter().zip(&part).all(|(c, p)| *p == '.' || (*p == '\u{1}' && *c == '.') || p == c))
+                found.is_some_and(|found| {
+                    found
+                        .iter()
+                        .zip(&part)
+                        .all(|(c, p)| *p == '.' || (*p == '\u{1}' && *c == '.') || p == c)
+                })
             };
             let last = index + 1 == self.parts.len();
             let place = if index == 0 && self.start {
                 (here(0) && (!last || !self.end || part.len() == name.len())).then_some(0)
             } else if last && self.end {
-                name.len().checked_sub(part.len()).filter(|at| *at >= from && here(*at))
+                name.len()
+                    .checked_sub(part.len())
+                    .filter(|at| *at >= from && here(*at))
             } else {
                 (from..=name.len()).find(|at| here(*at))
             };
@@ -92,9 +129,14 @@ impl Pattern {
 impl GraphPass for Convert {
     fn apply(&self, draft: &mut Draft) -> Result<bool> {
         let graph = &mut draft.model.graph;
-        let chosen = |dtype: Option<OnnxType>, name: &str| dtype == Some(self.source) && self.pattern.fits(name);
+        let chosen =
+            |dtype: Option<OnnxType>, name: &str| dtype == Some(self.source) && self.pattern.fits(name);
         let pick = |infos: &[crate::ir::ValueInfo]| -> Vec<String> {
-            infos.iter().filter(|info| chosen(info.dtype, &info.name)).map(|info| info.name.clone()).collect()
+            infos
+                .iter()
+                .filter(|info| chosen(info.dtype, &info.name))
+                .map(|info| info.name.clone())
+                .collect()
         };
         let (inputs, outputs) = (pick(&graph.inputs), pick(&graph.outputs));
         if self.source == self.target || inputs.len() + outputs.len() == 0 {
@@ -103,7 +145,10 @@ impl GraphPass for Convert {
         let mut names = FreshNames::new(graph);
         for name in &inputs {
             if graph.initializer(name).is_some() {
-                return Err(Error::unsupported(format!("another type for input `{name}`"), "it has a default"));
+                return Err(Error::unsupported(
+                    format!("another type for input `{name}`"),
+                    "it has a default",
+                ));
             }
             self.convert_input(graph, name, &mut names);
         }
@@ -125,7 +170,10 @@ impl Convert {
                 input.dtype = Some(self.target);
             }
         }
-        graph.value_infos.extend(info.map(|info| crate::ir::ValueInfo { name: inner.clone(), ..info }));
+        graph.value_infos.extend(info.map(|info| crate::ir::ValueInfo {
+            name: inner.clone(),
+            ..info
+        }));
         let cast = names.make(&format!("{name}_cast"));
         graph.nodes.insert(0, self.cast(cast, name, &inner, self.source));
     }
@@ -181,7 +229,11 @@ mod tests {
             ("^past\\.0", "past_0", false),
             ("^past.0", "past_0", true),
         ] {
-            assert_eq!(Pattern::new("t", pattern).unwrap().fits(name), fits, "{pattern} {name}");
+            assert_eq!(
+                Pattern::new("t", pattern).unwrap().fits(name),
+                fits,
+                "{pattern} {name}"
+            );
         }
     }
 }

@@ -16,10 +16,30 @@ use super::{Draft, GraphPass, OnnxPass};
 use crate::ir::{Graph, Node, OnnxType, Tensor};
 
 const PARAMS: [ParamSpec; 10] = with_external_data([
-    param("use_transpose_op", ParamKind::Bool, "false", "Whether the weight stays `[N, K]` and a `Transpose` follows."),
-    param("use_int4", ParamKind::Bool, "false", "The older name of `use_signed_int`."),
-    param("use_signed_int", ParamKind::Bool, "false", "Whether integers are signed."),
-    param("add_zero_point", ParamKind::Bool, "false", "Whether zero points of 0 are written too."),
+    param(
+        "use_transpose_op",
+        ParamKind::Bool,
+        "false",
+        "Whether the weight stays `[N, K]` and a `Transpose` follows.",
+    ),
+    param(
+        "use_int4",
+        ParamKind::Bool,
+        "false",
+        "The older name of `use_signed_int`.",
+    ),
+    param(
+        "use_signed_int",
+        ParamKind::Bool,
+        "false",
+        "Whether integers are signed.",
+    ),
+    param(
+        "add_zero_point",
+        ParamKind::Bool,
+        "false",
+        "Whether zero points of 0 are written too.",
+    ),
     NODES_TO_EXCLUDE,
 ]);
 
@@ -58,19 +78,33 @@ fn parse(origin: &str, config: &PassConfig) -> Result<Box<dyn GraphPass>> {
 impl GraphPass for ToQdq {
     fn apply(&self, draft: &mut Draft) -> Result<bool> {
         let graph = &draft.model.graph;
-        let chosen = |node: &&Node| is_contrib(node, "MatMulNBits") && !self.exclude.iter().any(|p| glob(p, &node.name));
+        let chosen = |node: &&Node| {
+            is_contrib(node, "MatMulNBits") && !self.exclude.iter().any(|p| glob(p, &node.name))
+        };
         if !graph.nodes.iter().any(|node| chosen(&node)) {
             return Ok(false);
         }
         let opset = draft.model.opset("").unwrap_or_default();
         if opset < BLOCKED_OPSET {
             let what = format!("DequantizeLinear with blocks in opset {opset}");
-            return Err(Error::unsupported(what, format!("it needs opset {BLOCKED_OPSET}; build the model for that")));
+            return Err(Error::unsupported(
+                what,
+                format!("it needs opset {BLOCKED_OPSET}; build the model for that"),
+            ));
         }
-        let mut job = Job { pass: self, names: FreshNames::new(graph), weights: HashMap::new(), tensors: Vec::new() };
+        let mut job = Job {
+            pass: self,
+            names: FreshNames::new(graph),
+            weights: HashMap::new(),
+            tensors: Vec::new(),
+        };
         let mut nodes = Vec::with_capacity(graph.nodes.len());
         for node in &graph.nodes {
-            if chosen(&node) { job.convert(graph, node, &mut nodes)? } else { nodes.push(node.clone()) }
+            if chosen(&node) {
+                job.convert(graph, node, &mut nodes)?
+            } else {
+                nodes.push(node.clone())
+            }
         }
         let tensors = job.tensors;
         let graph = &mut draft.model.graph;
@@ -103,7 +137,9 @@ struct Weight {
 impl Weight {
     fn of(graph: &Graph, node: &Node) -> Result<Self> {
         let constants = constants(graph);
-        let refuse = |what: &str, reason: &str| Error::unsupported(format!("node `{}` (MatMulNBits) with {what}", node.name), reason);
+        let refuse = |what: &str, reason: &str| {
+            Error::unsupported(format!("node `{}` (MatMulNBits) with {what}", node.name), reason)
+        };
         let constant = |place: usize, what: &str| match node.input(place).map(|name| constants.get(name)) {
             None => Ok(None),
             Some(Some(tensor)) => Ok(Some((*tensor).clone())),
@@ -123,10 +159,20 @@ impl Weight {
             block_size: attribute("block_size", 0)?,
         };
         if node.input(4).is_some() {
-            return Err(refuse("a group index", "DequantizeLinear has blocks in order only"));
+            return Err(refuse(
+                "a group index",
+                "DequantizeLinear has blocks in order only",
+            ));
         }
-        if weight.zeros.as_ref().is_some_and(|zeros| zeros.dtype() != OnnxType::Uint8) {
-            return Err(refuse("float zero points", "DequantizeLinear has integers only; exclude the node"));
+        if weight
+            .zeros
+            .as_ref()
+            .is_some_and(|zeros| zeros.dtype() != OnnxType::Uint8)
+        {
+            return Err(refuse(
+                "float zero points",
+                "DequantizeLinear has integers only; exclude the node",
+            ));
         }
         if !matches!(weight.bits, 4 | 8) || weight.block_size == 0 {
             return Err(refuse(&format!("{} bits", weight.bits), "4 or 8 bits in blocks"));
@@ -134,17 +180,28 @@ impl Weight {
         let blocks = weight.k.div_ceil(weight.block_size);
         let fits = weight.values.len() == weight.n * blocks * weight.block_size * weight.bits / 8
             && weight.scales.len() == weight.n * blocks
-            && weight.zeros.as_ref().is_none_or(|z| z.len() == weight.n * (blocks * weight.bits).div_ceil(8));
+            && weight
+                .zeros
+                .as_ref()
+                .is_none_or(|z| z.len() == weight.n * (blocks * weight.bits).div_ceil(8));
         match fits {
             true => Ok(weight),
-            false => Err(Error::tensor(&weight.values.name, "sizes that fit N, K and block_size", format!("{weight:?}"))),
+            false => Err(Error::tensor(
+                &weight.values.name,
+                "sizes that fit N, K and block_size",
+                format!("{weight:?}"),
+            )),
         }
     }
 }
 
 impl std::fmt::Debug for Weight {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "N {} K {} bits {} block_size {}", self.n, self.k, self.bits, self.block_size)
+        write!(
+            f,
+            "N {} K {} bits {} block_size {}",
+            self.n, self.k, self.bits, self.block_size
+        )
     }
 }
 
@@ -177,23 +234,45 @@ impl Job<'_> {
 
     /// Adds the constants and the nodes that make the dense `[K, N]`; its name.
     fn dequantize(&mut self, node: &Node, weight: Weight, nodes: &mut Vec<Node>) -> Result<String> {
-        let base = weight.values.name.trim_end_matches("_Q4").trim_end_matches("_Q8").to_owned();
+        let base = weight
+            .values
+            .name
+            .trim_end_matches("_Q4")
+            .trim_end_matches("_Q8")
+            .to_owned();
         let blocks = weight.k.div_ceil(weight.block_size);
-        let (bits, n, k, transpose, signed) = (weight.bits, weight.n, weight.k, self.pass.transpose, self.pass.signed);
+        let (bits, n, k, transpose, signed) = (
+            weight.bits,
+            weight.n,
+            weight.k,
+            self.pass.transpose,
+            self.pass.signed,
+        );
         let dtype = match (bits, signed) {
             (4, false) => OnnxType::Uint4,
             (4, true) => OnnxType::Int4,
             (_, false) => OnnxType::Uint8,
             (_, true) => OnnxType::Int8,
         };
-        let oriented = |rows: usize, cols: usize| if transpose { vec![rows, cols] } else { vec![cols, rows] };
+        let oriented = |rows: usize, cols: usize| {
+            if transpose {
+                vec![rows, cols]
+            } else {
+                vec![cols, rows]
+            }
+        };
         let values_name = self.names.make(&format!("{base}_DQ_Q{bits}"));
         let (source, width) = (weight.values.clone(), blocks * weight.block_size);
         let values = move || {
             let codes = unpack(&source.bytes()?, bits, n * width);
             Ok(arranged(&codes, [n, width], k, transpose, Code { bits, signed }))
         };
-        self.tensors.push(Tensor::produced(&values_name, dtype, oriented(n, k), Arc::new(values))?);
+        self.tensors.push(Tensor::produced(
+            &values_name,
+            dtype,
+            oriented(n, k),
+            Arc::new(values),
+        )?);
         let scales_name = self.names.make(&format!("{base}_DQ_scales"));
         let (source, size) = (weight.scales.clone(), weight.scales.dtype().bits() / 8);
         let scales = move || {
@@ -201,10 +280,17 @@ impl Job<'_> {
             let place = |row: usize, col: usize| &bytes[(row * blocks + col) * size..][..size];
             Ok(match transpose {
                 true => bytes.to_vec(),
-                false => (0..blocks).flat_map(|col| (0..n).flat_map(move |row| place(row, col).to_vec())).collect(),
+                false => (0..blocks)
+                    .flat_map(|col| (0..n).flat_map(move |row| place(row, col).to_vec()))
+                    .collect(),
             })
         };
-        self.tensors.push(Tensor::produced(&scales_name, weight.scales.dtype(), oriented(n, blocks), Arc::new(scales))?);
+        self.tensors.push(Tensor::produced(
+            &scales_name,
+            weight.scales.dtype(),
+            oriented(n, blocks),
+            Arc::new(scales),
+        )?);
         let mut inputs = vec![values_name, scales_name];
         if weight.zeros.is_some() || !signed || self.pass.add_zeros {
             let name = self.names.make(&format!("{base}_DQ_zero_points"));
@@ -212,11 +298,16 @@ impl Job<'_> {
                 None => vec![1 << (bits - 1); n * blocks],
                 Some(zeros) => {
                     let in_row = (blocks * bits).div_ceil(8);
-                    zeros.bytes()?.chunks_exact(in_row).flat_map(|row| unpack(row, bits, blocks)).collect()
+                    zeros
+                        .bytes()?
+                        .chunks_exact(in_row)
+                        .flat_map(|row| unpack(row, bits, blocks))
+                        .collect()
                 }
             };
             let bytes = arranged(&codes, [n, blocks], blocks, transpose, Code { bits, signed });
-            self.tensors.push(Tensor::inline(&name, dtype, oriented(n, blocks), bytes)?);
+            self.tensors
+                .push(Tensor::inline(&name, dtype, oriented(n, blocks), bytes)?);
             inputs.push(name);
         }
         let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
@@ -252,11 +343,19 @@ fn arranged(codes: &[u8], shape: [usize; 2], cols: usize, keep: bool, code: Code
     let mask = ((1u16 << code.bits) - 1) as u8;
     let value = |row: usize, col: usize| {
         let value = codes[row * width + col];
-        if code.signed { value.wrapping_sub(middle) & mask } else { value }
+        if code.signed {
+            value.wrapping_sub(middle) & mask
+        } else {
+            value
+        }
     };
     let ordered: Vec<u8> = match keep {
-        true => (0..rows).flat_map(|row| (0..cols).map(move |col| value(row, col))).collect(),
-        false => (0..cols).flat_map(|col| (0..rows).map(move |row| value(row, col))).collect(),
+        true => (0..rows)
+            .flat_map(|row| (0..cols).map(move |col| value(row, col)))
+            .collect(),
+        false => (0..cols)
+            .flat_map(|col| (0..rows).map(move |row| value(row, col)))
+            .collect(),
     };
     pack(&ordered, code.bits)
 }
@@ -280,7 +379,10 @@ mod tests {
         let graph = Graph {
             name: "g".into(),
             inputs: vec![ValueInfo::new("x", OnnxType::Float, [])],
-            outputs: vec![ValueInfo::new("y", OnnxType::Float, []), ValueInfo::new("z", OnnxType::Float, [])],
+            outputs: vec![
+                ValueInfo::new("y", OnnxType::Float, []),
+                ValueInfo::new("z", OnnxType::Float, []),
+            ],
             nodes: vec![node("a_Q4", "y"), node("b_Q4", "z")],
             initializers: vec![
                 Tensor::inline("w_Q4", OnnxType::Uint8, [3, 2, 8], bytes).unwrap(),
@@ -289,8 +391,24 @@ mod tests {
             ],
             value_infos: vec![],
         };
-        let opsets = vec![Opset { domain: String::new(), version: opset }, Opset { domain: MICROSOFT.into(), version: 1 }];
-        Model { ir_version: 10, opsets, producer_name: String::new(), producer_version: String::new(), metadata: vec![], graph }
+        let opsets = vec![
+            Opset {
+                domain: String::new(),
+                version: opset,
+            },
+            Opset {
+                domain: MICROSOFT.into(),
+                version: 1,
+            },
+        ];
+        Model {
+            ir_version: 10,
+            opsets,
+            producer_name: String::new(),
+            producer_version: String::new(),
+            metadata: vec![],
+            graph,
+        }
     }
 
     fn run(given: serde_json::Value, opset: i64) -> Result<Draft> {
@@ -309,18 +427,42 @@ mod tests {
         let packed: Vec<u8> = (0..3 * 2 * 8).map(|i| (i * 37 % 256) as u8).collect();
         let codes = unpack(&packed, 4, 3 * 32);
         for (signed, transpose) in [(false, false), (true, false), (false, true), (true, true)] {
-            let draft = run(serde_json::json!({"use_signed_int": signed, "use_transpose_op": transpose}), 21).unwrap();
+            let draft = run(
+                serde_json::json!({"use_signed_int": signed, "use_transpose_op": transpose}),
+                21,
+            )
+            .unwrap();
             let graph = &draft.model.graph;
-            assert_eq!(graph.nodes.len(), if transpose { 4 } else { 3 }, "the shared weight is dequantized once");
+            assert_eq!(
+                graph.nodes.len(),
+                if transpose { 4 } else { 3 },
+                "the shared weight is dequantized once"
+            );
             let values = graph.initializer("w_DQ_Q4").unwrap();
-            let (zeros, scales) = (graph.initializer("w_DQ_zero_points").unwrap(), graph.initializer("w_DQ_scales").unwrap());
-            let (v, z) = (unpack(&values.bytes().unwrap(), 4, 60), unpack(&zeros.bytes().unwrap(), 4, 6));
+            let (zeros, scales) = (
+                graph.initializer("w_DQ_zero_points").unwrap(),
+                graph.initializer("w_DQ_scales").unwrap(),
+            );
+            let (v, z) = (
+                unpack(&values.bytes().unwrap(), 4, 60),
+                unpack(&zeros.bytes().unwrap(), 4, 6),
+            );
             let s = scales.to_f32().unwrap();
             for row in 0..3 {
                 for col in 0..20 {
                     let block = col / 16;
-                    let (at, group) = if transpose { (row * 20 + col, row * 2 + block) } else { (col * 3 + row, block * 3 + row) };
-                    let sign = |code: u8| if signed { i32::from(((code << 4) as i8) >> 4) } else { i32::from(code) };
+                    let (at, group) = if transpose {
+                        (row * 20 + col, row * 2 + block)
+                    } else {
+                        (col * 3 + row, block * 3 + row)
+                    };
+                    let sign = |code: u8| {
+                        if signed {
+                            i32::from(((code << 4) as i8) >> 4)
+                        } else {
+                            i32::from(code)
+                        }
+                    };
                     let expected = i32::from(codes[row * 32 + col]) - (2 * row + block + 1) as i32;
                     assert_eq!(sign(v[at]) - sign(z[group]), expected);
                     assert_eq!(s[group], (row * 2 + block + 1) as f32);
@@ -331,6 +473,12 @@ mod tests {
 
     #[test]
     fn what_has_no_such_form_is_refused() {
-        assert!(run(serde_json::json!({}), 20).map(|_| ()).unwrap_err().to_string().contains("MatMulNBitsToQDQ"));
+        assert!(
+            run(serde_json::json!({}), 20)
+                .map(|_| ())
+                .unwrap_err()
+                .to_string()
+                .contains("MatMulNBitsToQDQ")
+        );
     }
 }

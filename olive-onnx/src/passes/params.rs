@@ -3,8 +3,19 @@
 use olive_core::{ParamKind, ParamSpec};
 
 /// A parameter without values to search.
-pub const fn param(name: &'static str, kind: ParamKind, default: &'static str, doc: &'static str) -> ParamSpec {
-    ParamSpec { name, kind, default: Some(default), doc, search: &[] }
+pub const fn param(
+    name: &'static str,
+    kind: ParamKind,
+    default: &'static str,
+    doc: &'static str,
+) -> ParamSpec {
+    ParamSpec {
+        name,
+        kind,
+        default: Some(default),
+        doc,
+        search: &[],
+    }
 }
 
 /// A parameter with values that a search tries.
@@ -15,11 +26,36 @@ pub const fn searched(spec: ParamSpec, search: &'static [&'static str]) -> Param
 /// Where constants are written. Accepted for the sake of workflow files: olive always writes one data file beside the
 /// graph.
 const EXTERNAL_DATA: [ParamSpec; 5] = [
-    param("save_as_external_data", ParamKind::Bool, "false", "Without effect: constants always go to a data file."),
-    param("all_tensors_to_one_file", ParamKind::Bool, "true", "Without effect: there is always one data file."),
-    param("external_data_name", ParamKind::Text, "null", "Without effect: the data file is `model.onnx.data`."),
-    param("size_threshold", ParamKind::Int, "1024", "Without effect: every initializer goes to the data file."),
-    param("convert_attribute", ParamKind::Bool, "false", "Without effect: constants of nodes stay in the graph file."),
+    param(
+        "save_as_external_data",
+        ParamKind::Bool,
+        "false",
+        "Without effect: constants always go to a data file.",
+    ),
+    param(
+        "all_tensors_to_one_file",
+        ParamKind::Bool,
+        "true",
+        "Without effect: there is always one data file.",
+    ),
+    param(
+        "external_data_name",
+        ParamKind::Text,
+        "null",
+        "Without effect: the data file is `model.onnx.data`.",
+    ),
+    param(
+        "size_threshold",
+        ParamKind::Int,
+        "1024",
+        "Without effect: every initializer goes to the data file.",
+    ),
+    param(
+        "convert_attribute",
+        ParamKind::Bool,
+        "false",
+        "Without effect: constants of nodes stay in the graph file.",
+    ),
 ];
 
 /// The pass's own parameters and those about external data. `M` is `N + 5`.
@@ -43,5 +79,9 @@ pub const ACCURACY_LEVEL: ParamSpec = param(
 );
 
 /// Names of nodes that a pass leaves alone.
-pub const NODES_TO_EXCLUDE: ParamSpec =
-    param("nodes_to_exclude", ParamKind::TextList, "null", "Names of nodes to leave as they are.");
+pub const NODES_TO_EXCLUDE: ParamSpec = param(
+    "nodes_to_exclude",
+    ParamKind::TextList,
+    "null",
+    "Names of nodes to leave as they are.",
+);

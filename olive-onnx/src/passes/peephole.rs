@@ -19,10 +19,30 @@ mod passing;
 pub(super) use passing::bypass;
 
 const PARAMS: [ParamSpec; 10] = with_external_data([
-    param("onnxscript_optimize", ParamKind::Bool, "true", "Folds integer constants and removes nodes that pass their input on."),
-    param("onnxoptimizer_optimize", ParamKind::Bool, "true", "Fuses chains of casts and transposes; merges equal nodes and constants."),
-    param("fuse_reshape_operations", ParamKind::Bool, "true", "Fuses a `Reshape` of a `Reshape`."),
-    param("fix_com_microsoft_opset", ParamKind::Bool, "false", "Declares the domain `com.microsoft` where nodes use it."),
+    param(
+        "onnxscript_optimize",
+        ParamKind::Bool,
+        "true",
+        "Folds integer constants and removes nodes that pass their input on.",
+    ),
+    param(
+        "onnxoptimizer_optimize",
+        ParamKind::Bool,
+        "true",
+        "Fuses chains of casts and transposes; merges equal nodes and constants.",
+    ),
+    param(
+        "fuse_reshape_operations",
+        ParamKind::Bool,
+        "true",
+        "Fuses a `Reshape` of a `Reshape`.",
+    ),
+    param(
+        "fix_com_microsoft_opset",
+        ParamKind::Bool,
+        "false",
+        "Declares the domain `com.microsoft` where nodes use it.",
+    ),
     param(
         "cast_chain_elimination",
         ParamKind::Bool,

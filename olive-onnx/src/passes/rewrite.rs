@@ -48,8 +48,15 @@ pub fn captures(branch: &Graph) -> Vec<&str> {
 pub fn defined(graph: &Graph) -> HashSet<&str> {
     let inputs = graph.inputs.iter().map(|input| input.name.as_str());
     let constants = graph.initializers.iter().map(|tensor| tensor.name.as_str());
-    let outputs = graph.nodes.iter().flat_map(|node| node.outputs.iter().map(String::as_str));
-    inputs.chain(constants).chain(outputs).filter(|name| !name.is_empty()).collect()
+    let outputs = graph
+        .nodes
+        .iter()
+        .flat_map(|node| node.outputs.iter().map(String::as_str));
+    inputs
+        .chain(constants)
+        .chain(outputs)
+        .filter(|name| !name.is_empty())
+        .collect()
 }
 
 /// The nodes that read each value, as indices, in order and without repetition.
@@ -82,7 +89,10 @@ pub fn output_names(graph: &Graph) -> HashSet<&str> {
 /// that carry a tensor.
 pub fn constants(graph: &Graph) -> HashMap<&str, &Tensor> {
     let inputs: HashSet<&str> = graph.inputs.iter().map(|input| input.name.as_str()).collect();
-    let initializers = graph.initializers.iter().map(|tensor| (tensor.name.as_str(), tensor));
+    let initializers = graph
+        .initializers
+        .iter()
+        .map(|tensor| (tensor.name.as_str(), tensor));
     let mut map: HashMap<&str, &Tensor> = initializers.filter(|(name, _)| !inputs.contains(name)).collect();
     for node in &graph.nodes {
         if is_op(node, "Constant")
@@ -146,7 +156,11 @@ fn redirect_branch(branch: &mut Graph, map: &HashMap<String, String>) -> bool {
 pub fn rename_value(graph: &mut Graph, old: &str, new: &str) {
     redirect(graph, &HashMap::from([(old.to_owned(), new.to_owned())]));
     let outputs = graph.nodes.iter_mut().flat_map(|node| node.outputs.iter_mut());
-    let infos = graph.inputs.iter_mut().chain(&mut graph.outputs).chain(&mut graph.value_infos);
+    let infos = graph
+        .inputs
+        .iter_mut()
+        .chain(&mut graph.outputs)
+        .chain(&mut graph.value_infos);
     let constants = graph.initializers.iter_mut().map(|tensor| &mut tensor.name);
     for name in outputs.chain(infos.map(|info| &mut info.name)).chain(constants) {
         if name == old {
@@ -192,7 +206,11 @@ pub fn remove_unread(graph: &mut Graph) -> bool {
         let mut live = output_names(graph);
         live.extend(graph.inputs.iter().map(|input| input.name.as_str()));
         live.extend(graph.nodes.iter().flat_map(reads));
-        graph.initializers.iter().map(|tensor| live.contains(tensor.name.as_str())).collect()
+        graph
+            .initializers
+            .iter()
+            .map(|tensor| live.contains(tensor.name.as_str()))
+            .collect()
     };
     let before = graph.initializers.len() + graph.value_infos.len();
     let mut keep = keep.into_iter();
@@ -245,7 +263,12 @@ pub fn sort(graph: &mut Graph) -> bool {
         let needs: Vec<Vec<usize>> = graph
             .nodes
             .iter()
-            .map(|node| reads(node).into_iter().filter_map(|name| made_by.get(name).copied()).collect())
+            .map(|node| {
+                reads(node)
+                    .into_iter()
+                    .filter_map(|name| made_by.get(name).copied())
+                    .collect()
+            })
             .collect();
         let mut done = vec![false; graph.nodes.len()];
         let mut order = Vec::with_capacity(done.len());
@@ -258,7 +281,10 @@ pub fn sort(graph: &mut Graph) -> bool {
         return false;
     }
     let mut nodes: Vec<Option<Node>> = std::mem::take(&mut graph.nodes).into_iter().map(Some).collect();
-    graph.nodes = order.into_iter().filter_map(|index| nodes[index].take()).collect();
+    graph.nodes = order
+        .into_iter()
+        .filter_map(|index| nodes[index].take())
+        .collect();
     true
 }
 
@@ -271,7 +297,10 @@ fn visit(start: usize, needs: &[Vec<usize>], done: &mut [bool], order: &mut Vec<
             continue;
         }
         open.insert(index);
-        match needs[index][next..].iter().position(|need| !done[*need] && !open.contains(need)) {
+        match needs[index][next..]
+            .iter()
+            .position(|need| !done[*need] && !open.contains(need))
+        {
             Some(offset) => {
                 stack.push((index, next + offset + 1));
                 stack.push((needs[index][next + offset], 0));
@@ -289,7 +318,10 @@ pub fn declare_opset(model: &mut Model, domain: &str, version: i64) -> bool {
     if model.opset(domain).is_some() {
         return false;
     }
-    model.opsets.push(Opset { domain: domain.to_owned(), version });
+    model.opsets.push(Opset {
+        domain: domain.to_owned(),
+        version,
+    });
     true
 }
 
@@ -326,7 +358,9 @@ mod tests {
         ]);
         graph.initializers.push(Tensor::floats("c", [], &[1.0]).unwrap());
         graph.initializers.push(Tensor::floats("x", [], &[1.0]).unwrap());
-        graph.value_infos.push(ValueInfo::new("dead", OnnxType::Float, []));
+        graph
+            .value_infos
+            .push(ValueInfo::new("dead", OnnxType::Float, []));
         assert!(remove_dead(&mut graph));
         assert_eq!(graph.nodes.len(), 1);
         assert_eq!(graph.initializers.len(), 1);

@@ -34,8 +34,13 @@ struct Split {
 }
 
 fn parse(origin: &str, config: &PassConfig) -> Result<Box<dyn GraphPass>> {
-    let given = config.values().get(SPLIT_ASSIGNMENTS).filter(|value| !value.is_null());
-    Ok(Box::new(Split { given: given.map(|value| Assignments::of(origin, value)).transpose()? }))
+    let given = config
+        .values()
+        .get(SPLIT_ASSIGNMENTS)
+        .filter(|value| !value.is_null());
+    Ok(Box::new(Split {
+        given: given.map(|value| Assignments::of(origin, value)).transpose()?,
+    }))
 }
 
 /// Numbers of splits by dotted module name.
@@ -47,18 +52,34 @@ impl Assignments {
     /// # Errors
     /// [`Error::Config`] for another form, or numbers that are not 0, 1, 2, …
     pub fn of(origin: &str, value: &Value) -> Result<Self> {
-        let wrong = |found: String| Error::config(origin, SPLIT_ASSIGNMENTS, "`name1=0;name2=1` or an object, numbered from 0", found);
+        let wrong = |found: String| {
+            Error::config(
+                origin,
+                SPLIT_ASSIGNMENTS,
+                "`name1=0;name2=1` or an object, numbered from 0",
+                found,
+            )
+        };
         let entries: Option<Vec<(String, usize)>> = match value {
             Value::String(text) => text
                 .split(';')
                 .map(str::trim)
                 .filter(|entry| !entry.is_empty())
-                .map(|entry| entry.split_once('=').and_then(|(name, n)| Some((name.trim().to_owned(), n.trim().parse().ok()?))))
+                .map(|entry| {
+                    entry
+                        .split_once('=')
+                        .and_then(|(name, n)| Some((name.trim().to_owned(), n.trim().parse().ok()?)))
+                })
                 .collect(),
-            Value::Object(map) => map.iter().map(|(name, n)| Some((name.clone(), usize::try_from(n.as_u64()?).ok()?))).collect(),
+            Value::Object(map) => map
+                .iter()
+                .map(|(name, n)| Some((name.clone(), usize::try_from(n.as_u64()?).ok()?)))
+                .collect(),
             _ => None,
         };
-        let entries = entries.filter(|entries| !entries.is_empty()).ok_or_else(|| wrong(value.to_string()))?;
+        let entries = entries
+            .filter(|entries| !entries.is_empty())
+            .ok_or_else(|| wrong(value.to_string()))?;
         let numbers: BTreeSet<usize> = entries.iter().map(|(_, number)| *number).collect();
         match numbers.iter().copied().eq(0..numbers.len()) {
             true => Ok(Self(entries)),
@@ -74,15 +95,25 @@ impl Assignments {
     fn of_node(&self, name: &str) -> Option<usize> {
         let dotted = name.replace('/', ".");
         let dotted = dotted.trim_start_matches('.');
-        let inside = |module: &str| dotted.strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+        let inside = |module: &str| {
+            dotted
+                .strip_prefix(module)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
         let found = self.0.iter().filter(|(module, _)| inside(module));
-        found.max_by_key(|(module, _)| module.len()).map(|(_, number)| *number)
+        found
+            .max_by_key(|(module, _)| module.len())
+            .map(|(_, number)| *number)
     }
 }
 
 impl GraphPass for Split {
     fn apply(&self, draft: &mut Draft) -> Result<bool> {
-        let noted = draft.model.metadata.iter().find(|(key, _)| key == SPLIT_ASSIGNMENTS);
+        let noted = draft
+            .model
+            .metadata
+            .iter()
+            .find(|(key, _)| key == SPLIT_ASSIGNMENTS);
         let noted = noted.map(|(_, value)| Value::from(value.as_str()));
         let noted = noted.or_else(|| draft.attributes.get(SPLIT_ASSIGNMENTS).cloned());
         let from_model;
@@ -93,11 +124,19 @@ impl GraphPass for Split {
                 &from_model
             }
             (None, None) => {
-                return Err(Error::config("pass `SplitModel`", SPLIT_ASSIGNMENTS, "assignments, or a model that CaptureSplitInfo noted them in", "neither"));
+                return Err(Error::config(
+                    "pass `SplitModel`",
+                    SPLIT_ASSIGNMENTS,
+                    "assignments, or a model that CaptureSplitInfo noted them in",
+                    "neither",
+                ));
             }
         };
         let parts = split(&draft.model, assignments)?;
-        let named = parts.into_iter().enumerate().map(|(index, model)| (format!("split_{index}.onnx"), model));
+        let named = parts
+            .into_iter()
+            .enumerate()
+            .map(|(index, model)| (format!("split_{index}.onnx"), model));
         draft.parts = named.collect();
         if let Some(config) = &mut draft.genai_config {
             describe(config, &draft.parts);
@@ -112,7 +151,11 @@ fn split(model: &Model, assignments: &Assignments) -> Result<Vec<Model>> {
     let places = place(graph, assignments)?;
     let types = infer(graph, &Types::new())?;
     let crossing = crossing(graph, &places);
-    let shapes: HashMap<&str, &ValueInfo> = graph.value_infos.iter().map(|info| (info.name.as_str(), info)).collect();
+    let shapes: HashMap<&str, &ValueInfo> = graph
+        .value_infos
+        .iter()
+        .map(|info| (info.name.as_str(), info))
+        .collect();
     let info = |name: &str| ValueInfo {
         name: name.to_owned(),
         dtype: types.get(name).copied(),
@@ -120,27 +163,83 @@ fn split(model: &Model, assignments: &Assignments) -> Result<Vec<Model>> {
     };
     let mut parts = Vec::new();
     for number in 0..assignments.count() {
-        let nodes: Vec<Node> = graph.nodes.iter().zip(&places).filter(|(_, place)| place.contains(&number)).map(|(node, _)| node.clone()).collect();
+        let nodes: Vec<Node> = graph
+            .nodes
+            .iter()
+            .zip(&places)
+            .filter(|(_, place)| place.contains(&number))
+            .map(|(node, _)| node.clone())
+            .collect();
         if nodes.iter().all(|node| is_op(node, "Constant")) {
-            return Err(Error::config("pass `SplitModel`", SPLIT_ASSIGNMENTS, "modules that the graph has", format!("no node in split {number}")));
+            return Err(Error::config(
+                "pass `SplitModel`",
+                SPLIT_ASSIGNMENTS,
+                "modules that the graph has",
+                format!("no node in split {number}"),
+            ));
         }
         let read: HashSet<&str> = nodes.iter().flat_map(reads).collect();
-        let made: HashSet<&str> = nodes.iter().flat_map(|node| node.outputs.iter().map(String::as_str)).collect();
-        let mut inputs: Vec<ValueInfo> = graph.inputs.iter().filter(|input| read.contains(input.name.as_str())).cloned().collect();
-        inputs.extend(crossing.iter().filter(|name| read.contains(**name) && !made.contains(**name)).map(|name| info(name)));
-        let mut outputs: Vec<ValueInfo> = graph.outputs.iter().filter(|output| made.contains(output.name.as_str())).cloned().collect();
+        let made: HashSet<&str> = nodes
+            .iter()
+            .flat_map(|node| node.outputs.iter().map(String::as_str))
+            .collect();
+        let mut inputs: Vec<ValueInfo> = graph
+            .inputs
+            .iter()
+            .filter(|input| read.contains(input.name.as_str()))
+            .cloned()
+            .collect();
+        inputs.extend(
+            crossing
+                .iter()
+                .filter(|name| read.contains(**name) && !made.contains(**name))
+                .map(|name| info(name)),
+        );
+        let mut outputs: Vec<ValueInfo> = graph
+            .outputs
+            .iter()
+            .filter(|output| made.contains(output.name.as_str()))
+            .cloned()
+            .collect();
         let declared: HashSet<String> = outputs.iter().map(|output| output.name.clone()).collect();
-        outputs.extend(crossing.iter().filter(|name| made.contains(**name) && !declared.contains(**name)).map(|name| info(name)));
+        outputs.extend(
+            crossing
+                .iter()
+                .filter(|name| made.contains(**name) && !declared.contains(**name))
+                .map(|name| info(name)),
+        );
         let part = Graph {
             name: format!("{}_split_{number}", graph.name),
-            initializers: graph.initializers.iter().filter(|tensor| read.contains(tensor.name.as_str())).cloned().collect(),
-            value_infos: graph.value_infos.iter().filter(|info| made.contains(info.name.as_str())).cloned().collect(),
+            initializers: graph
+                .initializers
+                .iter()
+                .filter(|tensor| read.contains(tensor.name.as_str()))
+                .cloned()
+                .collect(),
+            value_infos: graph
+                .value_infos
+                .iter()
+                .filter(|info| made.contains(info.name.as_str()))
+                .cloned()
+                .collect(),
             nodes,
             inputs,
             outputs,
         };
-        let metadata = model.metadata.iter().filter(|(key, _)| key != SPLIT_ASSIGNMENTS).cloned().collect();
-        parts.push(Model { graph: part, metadata, opsets: model.opsets.clone(), producer_name: model.producer_name.clone(), producer_version: model.producer_version.clone(), ..*model });
+        let metadata = model
+            .metadata
+            .iter()
+            .filter(|(key, _)| key != SPLIT_ASSIGNMENTS)
+            .cloned()
+            .collect();
+        parts.push(Model {
+            graph: part,
+            metadata,
+            opsets: model.opsets.clone(),
+            producer_name: model.producer_name.clone(),
+            producer_version: model.producer_version.clone(),
+            ..*model
+        });
     }
     Ok(parts)
 }
@@ -156,15 +255,32 @@ fn place(graph: &Graph, assignments: &Assignments) -> Result<Vec<BTreeSet<usize>
             places.push(BTreeSet::new());
             continue;
         }
-        let earliest = reads(node).iter().filter_map(|name| made_in.get(name).copied()).max().unwrap_or(0);
+        let earliest = reads(node)
+            .iter()
+            .filter_map(|name| made_in.get(name).copied())
+            .max()
+            .unwrap_or(0);
         let number = match assignments.of_node(&node.name) {
             Some(number) if number < earliest => {
-                let found = format!("node `{}` in split {number} reads what split {earliest} makes", node.name);
-                return Err(Error::config("pass `SplitModel`", SPLIT_ASSIGNMENTS, "splits that run in order", found));
+                let found = format!(
+                    "node `{}` in split {number} reads what split {earliest} makes",
+                    node.name
+                );
+                return Err(Error::config(
+                    "pass `SplitModel`",
+                    SPLIT_ASSIGNMENTS,
+                    "splits that run in order",
+                    found,
+                ));
             }
             assigned => assigned.unwrap_or(earliest),
         };
-        made_in.extend(node.outputs.iter().filter(|name| !name.is_empty()).map(|name| (name.as_str(), number)));
+        made_in.extend(
+            node.outputs
+                .iter()
+                .filter(|name| !name.is_empty())
+                .map(|name| (name.as_str(), number)),
+        );
         places.push(BTreeSet::from([number]));
         for name in reads(node) {
             if let Some(constant) = copied.get(name) {
@@ -188,18 +304,31 @@ fn crossing<'a>(graph: &'a Graph, places: &[BTreeSet<usize>]) -> Vec<&'a str> {
             read_in.entry(name).or_default().extend(place);
         }
     }
-    let nodes = graph.nodes.iter().zip(places).filter(|(node, _)| !is_op(node, "Constant"));
+    let nodes = graph
+        .nodes
+        .iter()
+        .zip(places)
+        .filter(|(node, _)| !is_op(node, "Constant"));
     let outputs = nodes.flat_map(|(node, place)| node.outputs.iter().map(move |name| (name.as_str(), place)));
-    outputs.filter(|(name, place)| read_in.get(name).is_some_and(|read| !read.is_subset(place))).map(|(name, _)| name).collect()
+    outputs
+        .filter(|(name, place)| read_in.get(name).is_some_and(|read| !read.is_subset(place)))
+        .map(|(name, _)| name)
+        .collect()
 }
 
 /// Lets `genai_config.json` describe a pipeline.
 fn describe(config: &mut Value, parts: &[(String, Model)]) {
-    let names = |infos: &[ValueInfo]| infos.iter().map(|info| info.name.clone()).collect::<Vec<String>>();
+    let names = |infos: &[ValueInfo]| {
+        infos
+            .iter()
+            .map(|info| info.name.clone())
+            .collect::<Vec<String>>()
+    };
     let stage = |(file, model): &(String, Model)| {
         let key = file.trim_end_matches(".onnx").to_owned();
         let required: Vec<ValueInfo> = model.graph.required_inputs().cloned().collect();
-        let entry = json!({"filename": file, "inputs": names(&required), "outputs": names(&model.graph.outputs)});
+        let entry =
+            json!({"filename": file, "inputs": names(&required), "outputs": names(&model.graph.outputs)});
         Value::Object(Map::from_iter([(key, entry)]))
     };
     if let Some(Value::Object(decoder)) = config.pointer_mut("/model/decoder") {
@@ -220,21 +349,43 @@ mod tests {
     fn model() -> Model {
         let graph = Graph {
             name: "g".into(),
-            inputs: vec![ValueInfo::new("x", OnnxType::Float, []), ValueInfo::new("past.1", OnnxType::Float, [])],
-            outputs: vec![ValueInfo::new("y", OnnxType::Float, []), ValueInfo::new("k", OnnxType::Float, [])],
+            inputs: vec![
+                ValueInfo::new("x", OnnxType::Float, []),
+                ValueInfo::new("past.1", OnnxType::Float, []),
+            ],
+            outputs: vec![
+                ValueInfo::new("y", OnnxType::Float, []),
+                ValueInfo::new("k", OnnxType::Float, []),
+            ],
             nodes: vec![
-                Node::new("/c", "Constant", &[], &["c"]).with("value", Tensor::floats("", [], &[2.0]).unwrap()),
+                Node::new("/c", "Constant", &[], &["c"])
+                    .with("value", Tensor::floats("", [], &[2.0]).unwrap()),
                 Node::new("/mask/Neg", "Neg", &["x"], &["mask"]),
                 Node::new("/model/layers.0/Mul", "Mul", &["x", "c"], &["k"]),
                 Node::new("/model/layers.1/Mul", "Mul", &["k", "c"], &["b"]),
-                Node::new("/model/layers.1/Add", "Sum", &["b", "mask", "past.1", "w"], &["d"]),
+                Node::new(
+                    "/model/layers.1/Add",
+                    "Sum",
+                    &["b", "mask", "past.1", "w"],
+                    &["d"],
+                ),
                 Node::new("/norm/Neg", "Neg", &["d"], &["y"]),
             ],
             initializers: vec![Tensor::floats("w", [], &[1.0]).unwrap()],
             value_infos: vec![],
         };
-        let opsets = vec![Opset { domain: String::new(), version: 21 }];
-        Model { ir_version: 10, opsets, producer_name: String::new(), producer_version: String::new(), metadata: vec![], graph }
+        let opsets = vec![Opset {
+            domain: String::new(),
+            version: 21,
+        }];
+        Model {
+            ir_version: 10,
+            opsets,
+            producer_name: String::new(),
+            producer_version: String::new(),
+            metadata: vec![],
+            graph,
+        }
     }
 
     fn run(given: Value) -> Result<Draft> {
@@ -249,11 +400,19 @@ mod tests {
     fn values_that_cross_become_outputs_and_inputs() {
         let draft = run(json!({"split_assignments": "model.layers.0=0;model.layers.1=1"})).unwrap();
         let names = |infos: &[ValueInfo]| infos.iter().map(|info| info.name.clone()).collect::<Vec<_>>();
-        let [(first_file, first), (_, second)] = draft.parts.as_slice() else { panic!("two parts") };
+        let [(first_file, first), (_, second)] = draft.parts.as_slice() else {
+            panic!("two parts")
+        };
         assert_eq!(first_file, "split_0.onnx");
-        assert_eq!((names(&first.graph.inputs), names(&first.graph.outputs)), (vec!["x".into()], vec!["k".into(), "mask".into()]));
+        assert_eq!(
+            (names(&first.graph.inputs), names(&first.graph.outputs)),
+            (vec!["x".into()], vec!["k".into(), "mask".into()])
+        );
         let inputs: Vec<String> = ["past.1", "mask", "k"].map(str::to_owned).into();
-        assert_eq!((names(&second.graph.inputs), names(&second.graph.outputs)), (inputs, vec!["y".into()]));
+        assert_eq!(
+            (names(&second.graph.inputs), names(&second.graph.outputs)),
+            (inputs, vec!["y".into()])
+        );
         assert!(first.graph.initializers.is_empty() && second.graph.initializers.len() == 1);
         assert!(first.graph.node("/c").is_some() && second.graph.node("/c").is_some());
     }

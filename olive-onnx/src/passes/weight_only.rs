@@ -84,8 +84,18 @@ struct Quantized {
 }
 
 /// Quantizes every selected node of the main graph. Whether there was one.
-pub fn quantize_model(model: &mut Model, quantizer: &Arc<dyn BlockQuantizer>, selection: &Selection) -> Result<bool> {
-    let mut job = Job { quantizer, selection, done: HashMap::new(), tensors: Vec::new(), nodes: HashMap::new() };
+pub fn quantize_model(
+    model: &mut Model,
+    quantizer: &Arc<dyn BlockQuantizer>,
+    selection: &Selection,
+) -> Result<bool> {
+    let mut job = Job {
+        quantizer,
+        selection,
+        done: HashMap::new(),
+        tensors: Vec::new(),
+        nodes: HashMap::new(),
+    };
     job.plan(&model.graph)?;
     if job.nodes.is_empty() {
         return Ok(false);
@@ -96,7 +106,11 @@ pub fn quantize_model(model: &mut Model, quantizer: &Arc<dyn BlockQuantizer>, se
     }
     for tensor in tensors {
         if model.graph.initializer(&tensor.name).is_some() {
-            return Err(Error::tensor(tensor.name, "a name that is free", "an initializer of that name"));
+            return Err(Error::tensor(
+                tensor.name,
+                "a name that is free",
+                "an initializer of that name",
+            ));
         }
         model.graph.initializers.push(tensor);
     }
@@ -118,15 +132,24 @@ impl Job<'_> {
     fn plan(&mut self, graph: &Graph) -> Result<()> {
         let constants = constants(graph);
         for (index, node) in graph.nodes.iter().enumerate() {
-            let Some(layout) = self.selection.layout_of(&node.name) else { continue };
+            let Some(layout) = self.selection.layout_of(&node.name) else {
+                continue;
+            };
             let weight = |place: usize| {
                 let tensor = node.input(place).and_then(|name| constants.get(name).copied());
                 let float = |tensor: &&Tensor| matches!(tensor.dtype(), OnnxType::Float | OnnxType::Float16);
-                tensor.filter(|tensor| tensor.shape().len() == 2 && !tensor.is_empty()).filter(float)
+                tensor
+                    .filter(|tensor| tensor.shape().len() == 2 && !tensor.is_empty())
+                    .filter(float)
             };
             let new = if is_op(node, "MatMul") {
-                weight(1).map(|tensor| self.matmul(node, tensor, layout)).transpose()?
-            } else if self.selection.gathers && is_op(node, "Gather") && matches!(node.int("axis")?, None | Some(0)) {
+                weight(1)
+                    .map(|tensor| self.matmul(node, tensor, layout))
+                    .transpose()?
+            } else if self.selection.gathers
+                && is_op(node, "Gather")
+                && matches!(node.int("axis")?, None | Some(0))
+            {
                 match weight(0) {
                     Some(tensor) => self.gather(node, tensor, layout)?,
                     None => None,
@@ -147,19 +170,30 @@ impl Job<'_> {
         let [n, k] = parts.shape;
         let mut inputs = vec![node.inputs[0].as_str(), &parts.values, &parts.scales];
         inputs.extend(parts.zeros.as_deref());
-        let mut new = Node::new(renamed(&node.name, layout.bits), "MatMulNBits", &inputs, &[&node.outputs[0]])
-            .in_domain(MICROSOFT)
-            .with("K", k as i64)
-            .with("N", n as i64);
+        let mut new = Node::new(
+            renamed(&node.name, layout.bits),
+            "MatMulNBits",
+            &inputs,
+            &[&node.outputs[0]],
+        )
+        .in_domain(MICROSOFT)
+        .with("K", k as i64)
+        .with("N", n as i64);
         if self.selection.accuracy_level > 0 {
             new = new.with("accuracy_level", self.selection.accuracy_level);
         }
-        Ok(new.with("bits", layout.bits as i64).with("block_size", layout.block_size as i64))
+        Ok(new
+            .with("bits", layout.bits as i64)
+            .with("block_size", layout.block_size as i64))
     }
 
     fn gather(&mut self, node: &Node, weight: &Tensor, layout: Layout) -> Result<Option<Node>> {
         if !weight.shape()[1].is_multiple_of(layout.block_size) || !self.quantizer.packs_zeros() {
-            tracing::warn!("node `{}` (Gather) stays: its rows are not whole blocks of {}", node.name, layout.block_size);
+            tracing::warn!(
+                "node `{}` (Gather) stays: its rows are not whole blocks of {}",
+                node.name,
+                layout.block_size
+            );
             return Ok(None);
         }
         let name = node.input(0).unwrap_or_default();
@@ -167,7 +201,12 @@ impl Job<'_> {
         let mut inputs = vec![&parts.values, &node.inputs[1], &parts.scales];
         inputs.extend(&parts.zeros);
         let inputs: Vec<&str> = inputs.into_iter().map(String::as_str).collect();
-        let new = Node::new(renamed(&node.name, layout.bits), "GatherBlockQuantized", &inputs, &[&node.outputs[0]]);
+        let new = Node::new(
+            renamed(&node.name, layout.bits),
+            "GatherBlockQuantized",
+            &inputs,
+            &[&node.outputs[0]],
+        );
         Ok(Some(
             new.in_domain(MICROSOFT)
                 .with("bits", layout.bits as i64)
@@ -178,44 +217,92 @@ impl Job<'_> {
     }
 
     /// The parts of a weight, made once however many nodes read it.
-    fn quantized(&mut self, name: &str, weight: &Tensor, layout: Layout, transpose: bool) -> Result<Quantized> {
+    fn quantized(
+        &mut self,
+        name: &str,
+        weight: &Tensor,
+        layout: Layout,
+        transpose: bool,
+    ) -> Result<Quantized> {
         let key = (name.to_owned(), transpose, layout);
         if let Some(parts) = self.done.get(&key) {
             return Ok(parts.clone());
         }
         let [first, second] = [weight.shape()[0], weight.shape()[1]];
-        let shape @ [rows, cols] = if transpose { [second, first] } else { [first, second] };
+        let shape @ [rows, cols] = if transpose {
+            [second, first]
+        } else {
+            [first, second]
+        };
         let blocks = cols.div_ceil(layout.block_size);
         // A weight that is multiplied and looked up, or in two layouts, has two sets of names.
         let again = self.done.keys().filter(|(other, ..)| other == name).count();
-        let base = if again == 0 { name.to_owned() } else { format!("{name}_{again}") };
-        let lazy = Arc::new(Lazy::new(weight.clone(), transpose, layout, self.quantizer.clone()));
+        let base = if again == 0 {
+            name.to_owned()
+        } else {
+            format!("{name}_{again}")
+        };
+        let lazy = Arc::new(Lazy::new(
+            weight.clone(),
+            transpose,
+            layout,
+            self.quantizer.clone(),
+        ));
         let blob = layout.block_size * layout.bits / 8;
-        let values_shape = if transpose { vec![rows, blocks, blob] } else { vec![rows, blocks * blob] };
+        let values_shape = if transpose {
+            vec![rows, blocks, blob]
+        } else {
+            vec![rows, blocks * blob]
+        };
         let mut tensor = |name: String, dtype, shape: Vec<usize>, part: usize| -> Result<String> {
             let source = lazy.clone();
             let producer = Arc::new(move || source.part(part));
-            self.tensors.push(Tensor::produced(&name, dtype, shape, producer)?);
+            self.tensors
+                .push(Tensor::produced(&name, dtype, shape, producer)?);
             Ok(name)
         };
-        let values = tensor(format!("{base}_Q{}", layout.bits), OnnxType::Uint8, values_shape, 0)?;
+        let values = tensor(
+            format!("{base}_Q{}", layout.bits),
+            OnnxType::Uint8,
+            values_shape,
+            0,
+        )?;
         let scales = tensor(format!("{base}_scales"), weight.dtype(), vec![rows, blocks], 1)?;
         let zeros = match self.quantizer.zeros() {
             Zeros::Middle => None,
             Zeros::Packed => {
                 let width = (blocks * layout.bits).div_ceil(8);
-                Some(tensor(format!("{base}_zero_points"), OnnxType::Uint8, vec![rows, width], 2)?)
+                Some(tensor(
+                    format!("{base}_zero_points"),
+                    OnnxType::Uint8,
+                    vec![rows, width],
+                    2,
+                )?)
             }
-            Zeros::Float => Some(tensor(format!("{base}_zero_points"), weight.dtype(), vec![rows, blocks], 2)?),
+            Zeros::Float => Some(tensor(
+                format!("{base}_zero_points"),
+                weight.dtype(),
+                vec![rows, blocks],
+                2,
+            )?),
         };
-        let parts = Quantized { values, scales, zeros, shape };
+        let parts = Quantized {
+            values,
+            scales,
+            zeros,
+            shape,
+        };
         self.done.insert(key, parts.clone());
         Ok(parts)
     }
 }
 
 fn renamed(name: &str, bits: usize) -> String {
-    if name.is_empty() { String::new() } else { format!("{name}_Q{bits}") }
+    if name.is_empty() {
+        String::new()
+    } else {
+        format!("{name}_Q{bits}")
+    }
 }
 
 #[cfg(test)]

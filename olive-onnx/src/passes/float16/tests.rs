@@ -8,8 +8,14 @@ fn model() -> Model {
         name: name.into(),
         outputs: vec![value(&format!("{name}_out"))],
         nodes: vec![
-            Node::new(format!("{name}_c"), "Constant", &[], &[&format!("{name}_v")]).with("value", Tensor::floats("", [1], &[value_]).unwrap()),
-            Node::new(format!("{name}_m"), "Mul", &["n", &format!("{name}_v")], &[&format!("{name}_out")]),
+            Node::new(format!("{name}_c"), "Constant", &[], &[&format!("{name}_v")])
+                .with("value", Tensor::floats("", [1], &[value_]).unwrap()),
+            Node::new(
+                format!("{name}_m"),
+                "Mul",
+                &["n", &format!("{name}_v")],
+                &[&format!("{name}_out")],
+            ),
         ],
         ..Graph::default()
     };
@@ -19,15 +25,27 @@ fn model() -> Model {
         outputs: vec![value("y"), value("t")],
         nodes: vec![
             Node::new("neg", "Neg", &["x"], &["n"]),
-            Node::new("if", "If", &["flag"], &["b"]).with("then_branch", branch("then", 2.0)).with("else_branch", branch("else", 1e9)),
+            Node::new("if", "If", &["flag"], &["b"])
+                .with("then_branch", branch("then", 2.0))
+                .with("else_branch", branch("else", 1e9)),
             Node::new("max", "Max", &["b", "c"], &["t"]),
             Node::new("add", "Add", &["t", "c"], &["y"]),
         ],
         initializers: vec![Tensor::floats("c", [4], &[1e-9, -1e6, 0.0, f32::INFINITY]).unwrap()],
         value_infos: vec![value("n")],
     };
-    let opsets = vec![Opset { domain: String::new(), version: 21 }];
-    Model { ir_version: 10, opsets, producer_name: String::new(), producer_version: String::new(), metadata: vec![], graph }
+    let opsets = vec![Opset {
+        domain: String::new(),
+        version: 21,
+    }];
+    Model {
+        ir_version: 10,
+        opsets,
+        producer_name: String::new(),
+        producer_version: String::new(),
+        metadata: vec![],
+        graph,
+    }
 }
 
 fn run(given: serde_json::Value) -> Graph {
@@ -44,23 +62,38 @@ fn run(given: serde_json::Value) -> Graph {
 
 fn casts(graph: &Graph) -> Vec<(String, i64)> {
     let casts = graph.nodes.iter().filter(|node| node.op_type == "Cast");
-    casts.map(|node| (node.inputs[0].clone(), node.int("to").unwrap().unwrap())).collect()
+    casts
+        .map(|node| (node.inputs[0].clone(), node.int("to").unwrap().unwrap()))
+        .collect()
 }
 
 #[test]
 fn everything_changes_but_blocked_nodes() {
     let graph = run(serde_json::json!({}));
-    assert!(graph.inputs[0].dtype == Some(OnnxType::Float16) && graph.outputs.iter().all(|o| o.dtype == Some(OnnxType::Float16)));
+    assert!(
+        graph.inputs[0].dtype == Some(OnnxType::Float16)
+            && graph.outputs.iter().all(|o| o.dtype == Some(OnnxType::Float16))
+    );
     assert_eq!(graph.value_infos[0].dtype, Some(OnnxType::Float16));
     // `Max` is blocked by default: it reads through casts, and its output goes back.
     let casts = casts(&graph);
-    assert!(casts.contains(&("b".into(), 1)) && casts.contains(&("c".into(), 1)), "{casts:?}");
+    assert!(
+        casts.contains(&("b".into(), 1)) && casts.contains(&("c".into(), 1)),
+        "{casts:?}"
+    );
     let types = infer(&graph, &Types::new()).unwrap();
     assert_eq!(types["y"], OnnxType::Float16);
     assert_eq!(types["t"], OnnxType::Float16);
     let constant = graph.initializer("c").unwrap().to_f32().unwrap();
-    assert_eq!(constant, [f16::from_f32(1e-7).to_f32(), -10000.0, 0.0, f32::INFINITY]);
-    let branch = super::super::rewrite::branches(&graph.nodes[graph.nodes.iter().position(|n| n.op_type == "If").unwrap()]).nth(1).unwrap();
+    assert_eq!(
+        constant,
+        [f16::from_f32(1e-7).to_f32(), -10000.0, 0.0, f32::INFINITY]
+    );
+    let branch = super::super::rewrite::branches(
+        &graph.nodes[graph.nodes.iter().position(|n| n.op_type == "If").unwrap()],
+    )
+    .nth(1)
+    .unwrap();
     let value = branch.nodes[0].tensor("value").unwrap().unwrap();
     assert_eq!(value.to_f32().unwrap(), [10000.0]);
     assert_eq!(branch.outputs[0].dtype, Some(OnnxType::Float16));
@@ -69,11 +102,17 @@ fn everything_changes_but_blocked_nodes() {
 #[test]
 fn inputs_and_outputs_can_stay() {
     let graph = run(serde_json::json!({"keep_io_types": true, "op_block_list": []}));
-    assert!(graph.inputs[0].dtype == Some(OnnxType::Float) && graph.outputs.iter().all(|o| o.dtype == Some(OnnxType::Float)));
+    assert!(
+        graph.inputs[0].dtype == Some(OnnxType::Float)
+            && graph.outputs.iter().all(|o| o.dtype == Some(OnnxType::Float))
+    );
     let casts = casts(&graph);
     assert_eq!(casts.len(), 3, "{casts:?}");
     let graph = run(serde_json::json!({"keep_io_types": ["y"]}));
-    assert_eq!((graph.inputs[0].dtype, graph.outputs[0].dtype), (Some(OnnxType::Float16), Some(OnnxType::Float)));
+    assert_eq!(
+        (graph.inputs[0].dtype, graph.outputs[0].dtype),
+        (Some(OnnxType::Float16), Some(OnnxType::Float))
+    );
     assert_eq!(graph.outputs[1].dtype, Some(OnnxType::Float16));
 }
 

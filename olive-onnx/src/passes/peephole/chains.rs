@@ -13,8 +13,12 @@ use crate::ir::{Graph, Node, OnnxType};
 pub fn casts(graph: &mut Graph, lossy: bool) -> Result<bool> {
     let types = infer(graph, &Types::new()).unwrap_or_default();
     rewire(graph, "Cast", |first, second| {
-        let to = |node: &Node| node.int("to").map(|code| code.and_then(|code| OnnxType::from_code(code as i32)));
-        let (Some(start), Some(middle), Some(end)) = (types.get(&first.inputs[0]), to(first)?, to(second)?) else {
+        let to = |node: &Node| {
+            node.int("to")
+                .map(|code| code.and_then(|code| OnnxType::from_code(code as i32)))
+        };
+        let (Some(start), Some(middle), Some(end)) = (types.get(&first.inputs[0]), to(first)?, to(second)?)
+        else {
             return Ok(false);
         };
         let round_trip = *start == end && is_float(*start) && is_float(middle);
@@ -23,7 +27,10 @@ pub fn casts(graph: &mut Graph, lossy: bool) -> Result<bool> {
 }
 
 fn is_float(dtype: OnnxType) -> bool {
-    matches!(dtype, OnnxType::Float | OnnxType::Float16 | OnnxType::Bfloat16 | OnnxType::Double)
+    matches!(
+        dtype,
+        OnnxType::Float | OnnxType::Float16 | OnnxType::Bfloat16 | OnnxType::Double
+    )
 }
 
 /// Whether every value of `from` is one of `to`.
@@ -34,7 +41,10 @@ fn keeps(from: OnnxType, to: OnnxType) -> bool {
             T::Bool => !matches!(to, T::Uint4 | T::Int4),
             T::Float16 | T::Bfloat16 => matches!(to, T::Float | T::Double),
             T::Float => to == T::Double,
-            T::Uint8 => matches!(to, T::Uint16 | T::Uint32 | T::Uint64 | T::Int16 | T::Int32 | T::Int64 | T::Float | T::Double),
+            T::Uint8 => matches!(
+                to,
+                T::Uint16 | T::Uint32 | T::Uint64 | T::Int16 | T::Int32 | T::Int64 | T::Float | T::Double
+            ),
             T::Int8 => matches!(to, T::Int16 | T::Int32 | T::Int64 | T::Float | T::Double),
             T::Int32 => matches!(to, T::Int64 | T::Double),
             _ => false,
@@ -44,9 +54,16 @@ fn keeps(from: OnnxType, to: OnnxType) -> bool {
 /// Composes two `Transpose` into the second.
 pub fn transposes(graph: &mut Graph) -> Result<bool> {
     rewire(graph, "Transpose", |first, second| {
-        let (Some(a), Some(b)) = (first.ints("perm")?, second.ints("perm")?) else { return Ok(false) };
-        let composed: Option<Vec<i64>> = b.iter().map(|axis| a.get(usize::try_from(*axis).ok()?).copied()).collect();
-        let Some(composed) = composed.filter(|_| a.len() == b.len()) else { return Ok(false) };
+        let (Some(a), Some(b)) = (first.ints("perm")?, second.ints("perm")?) else {
+            return Ok(false);
+        };
+        let composed: Option<Vec<i64>> = b
+            .iter()
+            .map(|axis| a.get(usize::try_from(*axis).ok()?).copied())
+            .collect();
+        let Some(composed) = composed.filter(|_| a.len() == b.len()) else {
+            return Ok(false);
+        };
         set_attribute(second, "perm", composed);
         Ok(true)
     })
@@ -57,10 +74,16 @@ pub fn transposes(graph: &mut Graph) -> Result<bool> {
 pub fn reshapes(graph: &mut Graph) -> Result<bool> {
     let shapes: HashMap<String, Vec<i64>> = constants(graph)
         .into_iter()
-        .filter(|(_, tensor)| tensor.dtype() == OnnxType::Int64 && tensor.shape().len() == 1 && tensor.borrowed().is_some())
+        .filter(|(_, tensor)| {
+            tensor.dtype() == OnnxType::Int64 && tensor.shape().len() == 1 && tensor.borrowed().is_some()
+        })
         .filter_map(|(name, tensor)| Some((name.to_owned(), tensor.to_i64().ok()?)))
         .collect();
-    rewire(graph, "Reshape", |_, second| Ok(shapes.get(&second.inputs[1]).is_some_and(|shape| !shape.contains(&0))))
+    rewire(graph, "Reshape", |_, second| {
+        Ok(shapes
+            .get(&second.inputs[1])
+            .is_some_and(|shape| !shape.contains(&0)))
+    })
 }
 
 /// For each pair of nodes of this kind, the second of which reads the first: if `fuses` says so (it may change the
@@ -75,7 +98,12 @@ fn rewire(
         if !is_op(&graph.nodes[index], op_type) {
             continue;
         }
-        let Some(first) = producers(graph).get(graph.nodes[index].inputs[0].as_str()).copied() else { continue };
+        let Some(first) = producers(graph)
+            .get(graph.nodes[index].inputs[0].as_str())
+            .copied()
+        else {
+            continue;
+        };
         if !is_op(&graph.nodes[first], op_type) {
             continue;
         }

@@ -29,11 +29,18 @@ pub fn nodes(graph: &mut Graph) -> bool {
         }
         let key = (node.domain.clone(), node.op_type.clone(), node.inputs.clone());
         let earlier = seen.entry(key).or_default();
-        let same = earlier.iter().copied().find(|other| same_node(&graph.nodes[*other], node));
+        let same = earlier
+            .iter()
+            .copied()
+            .find(|other| same_node(&graph.nodes[*other], node));
         match same {
             Some(other) if !node.outputs.iter().any(|name| outputs.contains(name)) => {
                 let pairs = node.outputs.iter().zip(&graph.nodes[other].outputs);
-                map.extend(pairs.filter(|(old, _)| !old.is_empty()).map(|(old, new)| (old.clone(), new.clone())));
+                map.extend(
+                    pairs
+                        .filter(|(old, _)| !old.is_empty())
+                        .map(|(old, new)| (old.clone(), new.clone())),
+                );
                 dropped.insert(index);
             }
             Some(_) => {}
@@ -53,19 +60,27 @@ pub fn nodes(graph: &mut Graph) -> bool {
 }
 
 fn draws_numbers(node: &Node) -> bool {
-    node.op_type.starts_with("Random") || matches!(node.op_type.as_str(), "Multinomial" | "Bernoulli" | "Dropout")
+    node.op_type.starts_with("Random")
+        || matches!(node.op_type.as_str(), "Multinomial" | "Bernoulli" | "Dropout")
 }
 
 /// Whether `later` computes what `earlier` does, and nothing that `earlier` leaves out.
 fn same_node(earlier: &Node, later: &Node) -> bool {
-    let covered = later.outputs.iter().enumerate().all(|(i, name)| name.is_empty() || earlier.output(i).is_some());
+    let covered = later
+        .outputs
+        .iter()
+        .enumerate()
+        .all(|(i, name)| name.is_empty() || earlier.output(i).is_some());
     covered
         && earlier.attributes.len() == later.attributes.len()
-        && earlier.attributes.iter().all(|(name, value)| match (value, later.attribute(name)) {
-            (Attribute::Tensor(a), Some(Attribute::Tensor(b))) => same_tensor(a, b),
-            (a, Some(b)) => a == b,
-            (_, None) => false,
-        })
+        && earlier
+            .attributes
+            .iter()
+            .all(|(name, value)| match (value, later.attribute(name)) {
+                (Attribute::Tensor(a), Some(Attribute::Tensor(b))) => same_tensor(a, b),
+                (a, Some(b)) => a == b,
+                (_, None) => false,
+            })
 }
 
 fn same_tensor(a: &Tensor, b: &Tensor) -> bool {
@@ -74,15 +89,22 @@ fn same_tensor(a: &Tensor, b: &Tensor) -> bool {
         && matches!((a.borrowed(), b.borrowed()), (Some(a), Some(b)) if a == b)
 }
 
+/// Type, shape and first bytes of an initializer.
+type Likeness<'a> = (OnnxType, &'a [usize], &'a [u8]);
+
 /// Lets readers of an initializer read the first that holds the same. Those that are made when asked for, that are
 /// defaults of inputs or that are outputs stay.
 pub fn constants(graph: &mut Graph) -> Result<bool> {
     let map: HashMap<String, String> = {
         let mut kept = output_names(graph);
         kept.extend(graph.inputs.iter().map(|input| input.name.as_str()));
-        let mut groups: HashMap<(OnnxType, &[usize], &[u8]), Vec<&Tensor>> = HashMap::new();
+        let mut groups: HashMap<Likeness<'_>, Vec<&Tensor>> = HashMap::new();
         let mut map = HashMap::new();
-        for tensor in graph.initializers.iter().filter(|tensor| !kept.contains(tensor.name.as_str())) {
+        for tensor in graph
+            .initializers
+            .iter()
+            .filter(|tensor| !kept.contains(tensor.name.as_str()))
+        {
             let Some(bytes) = tensor.borrowed() else { continue };
             let key = (tensor.dtype(), tensor.shape(), &bytes[..bytes.len().min(PREFIX)]);
             let group = groups.entry(key).or_default();
@@ -97,7 +119,9 @@ pub fn constants(graph: &mut Graph) -> Result<bool> {
         return Ok(false);
     }
     redirect(graph, &map);
-    graph.initializers.retain(|tensor| !map.contains_key(&tensor.name));
+    graph
+        .initializers
+        .retain(|tensor| !map.contains_key(&tensor.name));
     graph.value_infos.retain(|info| !map.contains_key(&info.name));
     Ok(true)
 }

@@ -36,7 +36,9 @@ fn passes_on(node: &Node, types: &Types) -> Result<bool> {
             to.is_some() && to == types.get(&node.inputs[0]).copied()
         }
         "Dropout" => node.inputs.len() < 3 && node.output(1).is_none(),
-        "Transpose" => node.ints("perm")?.is_some_and(|perm| perm.iter().enumerate().all(|(i, axis)| *axis == i as i64)),
+        "Transpose" => node
+            .ints("perm")?
+            .is_some_and(|perm| perm.iter().enumerate().all(|(i, axis)| *axis == i as i64)),
         "Concat" | "Sum" | "Max" | "Min" | "Mean" => node.inputs.len() == 1,
         _ => false,
     })
@@ -45,7 +47,10 @@ fn passes_on(node: &Node, types: &Types) -> Result<bool> {
 /// Lets readers of the node's output read its first input, and removes the node. `false` where the output's name and
 /// the input's both have to stay.
 pub fn bypass(graph: &mut Graph, index: usize) -> bool {
-    let (from, to) = (graph.nodes[index].inputs[0].clone(), graph.nodes[index].outputs[0].clone());
+    let (from, to) = (
+        graph.nodes[index].inputs[0].clone(),
+        graph.nodes[index].outputs[0].clone(),
+    );
     let outputs = output_names(graph);
     if !outputs.contains(to.as_str()) {
         redirect(graph, &HashMap::from([(to, from)]));
@@ -57,7 +62,9 @@ pub fn bypass(graph: &mut Graph, index: usize) -> bool {
         return false;
     }
     graph.nodes.remove(index);
-    graph.value_infos.retain(|info| info.name != to && info.name != from);
+    graph
+        .value_infos
+        .retain(|info| info.name != to && info.name != from);
     rename_value(graph, &from, &to);
     true
 }

@@ -13,7 +13,10 @@ fn model(nodes: Vec<Node>, initializers: Vec<Tensor>) -> Model {
     };
     Model {
         ir_version: 10,
-        opsets: vec![Opset { domain: String::new(), version: 21 }],
+        opsets: vec![Opset {
+            domain: String::new(),
+            version: 21,
+        }],
         producer_name: String::new(),
         producer_version: String::new(),
         metadata: vec![],
@@ -52,9 +55,15 @@ fn nodes_that_pass_on_go_but_inputs_and_outputs_keep_their_names() {
             vec![],
         ),
     );
-    assert_eq!((ops(&graph), graph.nodes[0].outputs[0].as_str()), (vec!["Neg"], "y"));
+    assert_eq!(
+        (ops(&graph), graph.nodes[0].outputs[0].as_str()),
+        (vec!["Neg"], "y")
+    );
     // Both names belong to the graph.
-    let (changed, _) = run(all, model(vec![Node::new("a", "Identity", &["x"], &["y"])], vec![]));
+    let (changed, _) = run(
+        all,
+        model(vec![Node::new("a", "Identity", &["x"], &["y"])], vec![]),
+    );
     assert!(!changed);
 }
 
@@ -93,9 +102,15 @@ fn casts_are_fused_only_where_nothing_is_lost() {
     assert_eq!(ops(&graph), ["Neg"]);
     let (changed, _) = run(serde_json::json!({}), model(chain(OnnxType::Float16), vec![]));
     assert!(!changed);
-    let (_, graph) = run(serde_json::json!({"cast_chain_elimination": true}), model(chain(OnnxType::Float16), vec![]));
+    let (_, graph) = run(
+        serde_json::json!({"cast_chain_elimination": true}),
+        model(chain(OnnxType::Float16), vec![]),
+    );
     assert_eq!(ops(&graph), ["Neg"]);
-    let (changed, _) = run(serde_json::json!({"cast_chain_elimination": true}), model(chain(OnnxType::Int32), vec![]));
+    let (changed, _) = run(
+        serde_json::json!({"cast_chain_elimination": true}),
+        model(chain(OnnxType::Int32), vec![]),
+    );
     assert!(!changed);
 }
 
@@ -109,13 +124,28 @@ fn reshapes_and_transposes_are_fused() {
             Node::new("b", "Reshape", &["a", shape], &["y"]),
         ]
     };
-    let constants =
-        || vec![Tensor::ints("s", [3], &[3, 1, 2]).unwrap(), Tensor::ints("flat", [1], &[-1]).unwrap(), Tensor::ints("copy", [2], &[0, -1]).unwrap()];
+    let constants = || {
+        vec![
+            Tensor::ints("s", [3], &[3, 1, 2]).unwrap(),
+            Tensor::ints("flat", [1], &[-1]).unwrap(),
+            Tensor::ints("copy", [2], &[0, -1]).unwrap(),
+        ]
+    };
     let (_, graph) = run(serde_json::json!({}), model(nodes("flat"), constants()));
-    assert_eq!((ops(&graph), graph.nodes[0].inputs[0].as_str()), (vec!["Reshape"], "x"));
+    assert_eq!(
+        (ops(&graph), graph.nodes[0].inputs[0].as_str()),
+        (vec!["Reshape"], "x")
+    );
     let (_, graph) = run(serde_json::json!({}), model(nodes("copy"), constants()));
-    assert_eq!(ops(&graph), ["Reshape", "Reshape"], "a copied size depends on the first");
-    let (_, graph) = run(serde_json::json!({"fuse_reshape_operations": false}), model(nodes("flat"), constants()));
+    assert_eq!(
+        ops(&graph),
+        ["Reshape", "Reshape"],
+        "a copied size depends on the first"
+    );
+    let (_, graph) = run(
+        serde_json::json!({"fuse_reshape_operations": false}),
+        model(nodes("flat"), constants()),
+    );
     assert_eq!(ops(&graph), ["Reshape", "Reshape"]);
 }
 
@@ -128,12 +158,21 @@ fn equal_nodes_and_constants_are_merged_and_outputs_stay() {
         Node::new("s", "Sum", &["a", "b", "e1"], &["y"]),
     ];
     let float = |name: &str, value: f32| Tensor::floats(name, [1], &[value]).unwrap();
-    let (_, graph) = run(serde_json::json!({}), model(nodes, vec![float("c", 1.5), float("d", 1.5), float("e", 2.5)]));
+    let (_, graph) = run(
+        serde_json::json!({}),
+        model(nodes, vec![float("c", 1.5), float("d", 1.5), float("e", 2.5)]),
+    );
     assert_eq!(ops(&graph), ["Mul", "Mul", "Sum"]);
     assert_eq!(graph.nodes[2].inputs, ["a", "a", "e1"]);
     assert_eq!(graph.initializers.len(), 2);
-    let nodes = vec![Node::new("a", "Neg", &["x"], &["a"]), Node::new("b", "Neg", &["x"], &["y"])];
+    let nodes = vec![
+        Node::new("a", "Neg", &["x"], &["a"]),
+        Node::new("b", "Neg", &["x"], &["y"]),
+    ];
     let mut with_output = model(nodes, vec![]);
-    with_output.graph.outputs.push(ValueInfo::new("a", OnnxType::Float, []));
+    with_output
+        .graph
+        .outputs
+        .push(ValueInfo::new("a", OnnxType::Float, []));
     assert!(!run(serde_json::json!({}), with_output).0);
 }

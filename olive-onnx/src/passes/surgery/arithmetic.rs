@@ -5,19 +5,29 @@ use std::collections::HashSet;
 use olive_core::{DType, Error, Result};
 use serde::Deserialize;
 
-use super::super::rewrite::{FreshNames, consumers, is_contrib, is_op, output_names, producers, remove_dead, rename_value};
+use super::super::rewrite::{
+    FreshNames, consumers, is_contrib, is_op, output_names, producers, remove_dead, rename_value,
+};
 use super::super::types::{Types, infer};
 use super::{Draft, FromArguments, Names, Surgery};
 use crate::ir::{Dim, Graph, Node, OnnxType, Tensor};
 
 /// The constant of a float type.
 fn scalar(name: &str, dtype: OnnxType, value: f32) -> Result<Option<Tensor>> {
-    let bytes = dtype.to_core().filter(|dtype: &DType| dtype.is_float()).and_then(|dtype| dtype.from_f32(&[value]));
-    bytes.map(|bytes| Tensor::inline(name, dtype, [], bytes)).transpose()
+    let bytes = dtype
+        .to_core()
+        .filter(|dtype: &DType| dtype.is_float())
+        .and_then(|dtype| dtype.from_f32(&[value]));
+    bytes
+        .map(|bytes| Tensor::inline(name, dtype, [], bytes))
+        .transpose()
 }
 
 /// Replaces nodes one by one with what `lower` gives; `None` leaves a node.
-fn replace(graph: &mut Graph, mut lower: impl FnMut(&Node, &Types, &mut FreshNames, &mut Vec<Tensor>) -> Result<Option<Vec<Node>>>) -> Result<bool> {
+fn replace(
+    graph: &mut Graph,
+    mut lower: impl FnMut(&Node, &Types, &mut FreshNames, &mut Vec<Tensor>) -> Result<Option<Vec<Node>>>,
+) -> Result<bool> {
     let types = infer(graph, &Types::new())?;
     let mut names = FreshNames::new(graph);
     let (mut nodes, mut tensors, mut changed) = (Vec::with_capacity(graph.nodes.len()), Vec::new(), false);
@@ -48,12 +58,19 @@ impl Surgery for ErfToTanh {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
         replace(&mut draft.model.graph, |node, types, names, tensors| {
             let dtype = types.get(node.input(0).unwrap_or_default()).copied();
-            let Some(dtype) = dtype.filter(|_| is_op(node, "Erf")) else { return Ok(None) };
+            let Some(dtype) = dtype.filter(|_| is_op(node, "Erf")) else {
+                return Ok(None);
+            };
             let scale = names.make("erf_tanh_scale");
-            let Some(tensor) = scalar(&scale, dtype, 605.0 / 503.0)? else { return Ok(None) };
+            let Some(tensor) = scalar(&scale, dtype, 605.0 / 503.0)? else {
+                return Ok(None);
+            };
             tensors.push(tensor);
             let scaled = names.make(&format!("{}_scaled", node.inputs[0]));
-            let (mul, tanh) = (names.make(&format!("{}_Mul", node.name)), names.make(&format!("{}_Tanh", node.name)));
+            let (mul, tanh) = (
+                names.make(&format!("{}_Mul", node.name)),
+                names.make(&format!("{}_Tanh", node.name)),
+            );
             Ok(Some(vec![
                 Node::new(mul, "Mul", &[&node.inputs[0], &scale], &[&scaled]),
                 Node::new(tanh, "Tanh", &[&scaled], &[&node.outputs[0]]),
@@ -72,13 +89,19 @@ impl Surgery for QuickGelu {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
         replace(&mut draft.model.graph, |node, types, names, tensors| {
             let dtype = types.get(node.input(0).unwrap_or_default()).copied();
-            let Some(dtype) = dtype.filter(|_| is_contrib(node, "QuickGelu")) else { return Ok(None) };
+            let Some(dtype) = dtype.filter(|_| is_contrib(node, "QuickGelu")) else {
+                return Ok(None);
+            };
             let alpha = names.make(&format!("{}_alpha", node.name));
-            let Some(tensor) = scalar(&alpha, dtype, node.float("alpha")?.unwrap_or(1.702))? else { return Ok(None) };
+            let Some(tensor) = scalar(&alpha, dtype, node.float("alpha")?.unwrap_or(1.702))? else {
+                return Ok(None);
+            };
             tensors.push(tensor);
             let x = node.inputs[0].as_str();
-            let [scaled, gate] = ["scaled", "gate"].map(|part| names.make(&format!("{}_{part}", node.outputs[0])));
-            let [first, sigmoid, second] = ["Mul", "Sigmoid", "Mul"].map(|op| names.make(&format!("{}_{op}", node.name)));
+            let [scaled, gate] =
+                ["scaled", "gate"].map(|part| names.make(&format!("{}_{part}", node.outputs[0])));
+            let [first, sigmoid, second] =
+                ["Mul", "Sigmoid", "Mul"].map(|op| names.make(&format!("{}_{op}", node.name)));
             Ok(Some(vec![
                 Node::new(first, "Mul", &[&alpha, x], &[&scaled]),
                 Node::new(sigmoid, "Sigmoid", &[&scaled], &[&gate]),
@@ -134,7 +157,11 @@ impl Surgery for GemmToMatMulAdd {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
         replace(&mut draft.model.graph, |node, _, names, _| {
             let one = |name: &str| -> Result<bool> { Ok(node.float(name)?.unwrap_or(1.0) == 1.0) };
-            if !is_op(node, "Gemm") || !one("alpha")? || !one("beta")? || node.int("transA")?.unwrap_or(0) != 0 {
+            if !is_op(node, "Gemm")
+                || !one("alpha")?
+                || !one("beta")?
+                || node.int("transA")?.unwrap_or(0) != 0
+            {
                 return Ok(None);
             }
             let mut nodes = Vec::new();
@@ -176,23 +203,42 @@ impl Surgery for MatMulAddToGemm {
             let outputs = output_names(graph);
             let rank = |name: &str| {
                 let infos = graph.inputs.iter().chain(&graph.value_infos);
-                let declared = infos.filter(|info| info.name == name).find_map(|info| info.shape.as_ref().map(Vec::len));
-                graph.initializer(name).map(|tensor| tensor.shape().len()).or(declared)
+                let declared = infos
+                    .filter(|info| info.name == name)
+                    .find_map(|info| info.shape.as_ref().map(Vec::len));
+                graph
+                    .initializer(name)
+                    .map(|tensor| tensor.shape().len())
+                    .or(declared)
             };
-            let pairs = graph.nodes.iter().enumerate().filter(|(_, node)| is_op(node, "MatMul")).filter_map(|(index, node)| {
-                let product = node.outputs[0].as_str();
-                let [add] = readers.get(product)?.as_slice() else { return None };
-                let adds = &graph.nodes[*add];
-                let bias = adds.inputs.iter().find(|name| *name != product)?;
-                let fits = is_op(adds, "Add") && !outputs.contains(product) && rank(&node.inputs[0]) == Some(2);
-                (fits && rank(&node.inputs[1]) == Some(2) && rank(bias) == Some(1)).then(|| (index, *add, bias.clone()))
-            });
+            let pairs = graph
+                .nodes
+                .iter()
+                .enumerate()
+                .filter(|(_, node)| is_op(node, "MatMul"))
+                .filter_map(|(index, node)| {
+                    let product = node.outputs[0].as_str();
+                    let [add] = readers.get(product)?.as_slice() else {
+                        return None;
+                    };
+                    let adds = &graph.nodes[*add];
+                    let bias = adds.inputs.iter().find(|name| *name != product)?;
+                    let fits =
+                        is_op(adds, "Add") && !outputs.contains(product) && rank(&node.inputs[0]) == Some(2);
+                    (fits && rank(&node.inputs[1]) == Some(2) && rank(bias) == Some(1))
+                        .then(|| (index, *add, bias.clone()))
+                });
             pairs.collect()
         };
         for (matmul, add, bias) in &found {
             let inputs = graph.nodes[*matmul].inputs.clone();
             let name = graph.nodes[*matmul].name.replace("MatMul", "Gemm");
-            let node = Node::new(name, "Gemm", &[&inputs[0], &inputs[1], bias], &[&graph.nodes[*add].outputs[0]]);
+            let node = Node::new(
+                name,
+                "Gemm",
+                &[&inputs[0], &inputs[1], bias],
+                &[&graph.nodes[*add].outputs[0]],
+            );
             graph.nodes[*add] = node;
         }
         if !found.is_empty() {
@@ -217,27 +263,48 @@ impl Surgery for ZeroOut {
         let origin = "surgery `ZeroOutInput`";
         let wrong = |key: &str, expected: &str, found: String| Error::config(origin, key, expected, found);
         let index = graph.nodes.iter().position(|node| node.name == self.node_name);
-        let index = index.ok_or_else(|| wrong("node_name", "the name of a node", format!("`{}`", self.node_name)))?;
+        let index =
+            index.ok_or_else(|| wrong("node_name", "the name of a node", format!("`{}`", self.node_name)))?;
         let old = graph.nodes[index].input(self.input_idx).map(str::to_owned);
-        let old = old.ok_or_else(|| wrong("input_idx", "an input that the node has", self.input_idx.to_string()))?;
+        let old = old.ok_or_else(|| {
+            wrong(
+                "input_idx",
+                "an input that the node has",
+                self.input_idx.to_string(),
+            )
+        })?;
         let value = format!("{}_zero_output_0", self.node_name);
         if old == value {
             return Ok(false);
         }
         let dtype = infer(graph, &Types::new())?.get(&old).copied();
-        let infos = graph.inputs.iter().chain(&graph.value_infos).chain(&graph.outputs);
-        let declared = infos.filter(|info| info.name == old).find_map(|info| info.shape.clone());
+        let infos = graph
+            .inputs
+            .iter()
+            .chain(&graph.value_infos)
+            .chain(&graph.outputs);
+        let declared = infos
+            .filter(|info| info.name == old)
+            .find_map(|info| info.shape.clone());
         let constant = graph.initializer(&old).map(|tensor| tensor.shape().to_vec());
         let sizes = |dim: &Dim| if let Dim::Known(size) = dim { *size } else { 1 };
         let shape = constant.or_else(|| declared.map(|dims| dims.iter().map(sizes).collect()));
         let (Some(dtype), Some(shape)) = (dtype, shape) else {
-            return Err(Error::unsupported(format!("zeros for `{old}`"), "its type and rank are not declared"));
+            return Err(Error::unsupported(
+                format!("zeros for `{old}`"),
+                "its type and rank are not declared",
+            ));
         };
-        let bytes = crate::ir::element_count(&shape).and_then(|count| dtype.byte_len(count)).unwrap_or(0);
+        let bytes = crate::ir::element_count(&shape)
+            .and_then(|count| dtype.byte_len(count))
+            .unwrap_or(0);
         let zeros = Tensor::inline("", dtype, shape, vec![0; bytes])?;
         let name = format!("{}_zero", self.node_name);
         graph.nodes[index].inputs[self.input_idx].clone_from(&value);
-        graph.nodes.insert(index, Node::new(name, "Constant", &[], &[&value]).with("value", zeros));
+        graph.nodes.insert(
+            index,
+            Node::new(name, "Constant", &[], &[&value]).with("value", zeros),
+        );
         remove_dead(graph);
         Ok(true)
     }
@@ -254,21 +321,30 @@ impl FromArguments for CastOutputs {
     fn checked(self, origin: &str) -> Result<Self> {
         match self.target() {
             Some(_) => Ok(self),
-            None => Err(Error::config(origin, "to", "an ONNX type such as `FLOAT`", format!("`{}`", self.to))),
+            None => Err(Error::config(
+                origin,
+                "to",
+                "an ONNX type such as `FLOAT`",
+                format!("`{}`", self.to),
+            )),
         }
     }
 }
 
 impl CastOutputs {
     fn target(&self) -> Option<OnnxType> {
-        (1..=16).filter_map(OnnxType::from_code).find(|dtype| dtype.to_string().eq_ignore_ascii_case(&self.to))
+        (1..=16)
+            .filter_map(OnnxType::from_code)
+            .find(|dtype| dtype.to_string().eq_ignore_ascii_case(&self.to))
     }
 }
 
 impl Surgery for CastOutputs {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
         let graph = &mut draft.model.graph;
-        let Some(target) = self.target() else { return Ok(false) };
+        let Some(target) = self.target() else {
+            return Ok(false);
+        };
         let types = infer(graph, &Types::new())?;
         let inputs: HashSet<String> = graph.inputs.iter().map(|input| input.name.clone()).collect();
         let mut names = FreshNames::new(graph);
@@ -277,7 +353,12 @@ impl Surgery for CastOutputs {
             let found = graph.outputs.iter().any(|output| output.name == *name);
             if !found || inputs.contains(name) {
                 let expected = "names of outputs that are no inputs";
-                return Err(Error::config("surgery `CastOutputs`", "names", expected, format!("`{name}`")));
+                return Err(Error::config(
+                    "surgery `CastOutputs`",
+                    "names",
+                    expected,
+                    format!("`{name}`"),
+                ));
             }
             if types.get(name) == Some(&target) {
                 continue;
@@ -289,7 +370,9 @@ impl Surgery for CastOutputs {
                 output.dtype = Some(target);
             }
             let node = names.make(&format!("Cast_{name}_{}", self.to));
-            graph.nodes.push(Node::new(node, "Cast", &[&inner], &[name]).with("to", i64::from(target.code())));
+            graph
+                .nodes
+                .push(Node::new(node, "Cast", &[&inner], &[name]).with("to", i64::from(target.code())));
             changed = true;
         }
         Ok(changed)

@@ -28,7 +28,9 @@ impl FromArguments for QuantizeEmbedding {}
 impl Surgery for QuantizeEmbedding {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
         let graph = &draft.model.graph;
-        let Some(index) = embedding(graph).filter(|index| is_op(&graph.nodes[*index], "Gather")) else { return Ok(false) };
+        let Some(index) = embedding(graph).filter(|index| is_op(&graph.nodes[*index], "Gather")) else {
+            return Ok(false);
+        };
         let node = graph.nodes[index].clone();
         let table = constants(graph)[node.inputs[0].as_str()].clone();
         let fits = matches!(table.dtype(), OnnxType::Float | OnnxType::Float16) && table.shape().len() == 2;
@@ -41,28 +43,52 @@ impl Surgery for QuantizeEmbedding {
         let mut names = FreshNames::new(graph);
         let [q, s, z] = ["Q8", "scales", "zp"].map(|suffix| names.make(&format!("{}_{suffix}", table.name)));
         let scales = block_scales(&table)?;
-        let bytes = table.dtype().to_core().and_then(|dtype| dtype.from_f32(&scales)).unwrap_or_default();
+        let bytes = table
+            .dtype()
+            .to_core()
+            .and_then(|dtype| dtype.from_f32(&scales))
+            .unwrap_or_default();
         let stored = Tensor::inline(&s, table.dtype(), [rows, blocks], bytes)?;
         let rounded = stored.to_f32()?;
         let integers = move || {
             let values = table.to_f32()?;
-            let codes = values.par_chunks_exact(BLOCK).zip(&rounded).flat_map_iter(|(block, scale)| {
-                let scale = if *scale == 0.0 { 1.0 } else { *scale };
-                block.iter().map(move |value| ((value / scale).round_ties_even().clamp(-128.0, 127.0) + f32::from(MIDDLE)) as u8)
-            });
+            let codes = values
+                .par_chunks_exact(BLOCK)
+                .zip(&rounded)
+                .flat_map_iter(|(block, scale)| {
+                    let scale = if *scale == 0.0 { 1.0 } else { *scale };
+                    block.iter().map(move |value| {
+                        ((value / scale).round_ties_even().clamp(-128.0, 127.0) + f32::from(MIDDLE)) as u8
+                    })
+                });
             Ok(codes.collect())
         };
-        let new = Node::new(node.name.replace("Gather", "GatherBlockQuantized"), "GatherBlockQuantized", &[&q, &node.inputs[1], &s, &z], &[&node.outputs[0]])
-            .in_domain(MICROSOFT)
-            .with("bits", 8)
-            .with("block_size", BLOCK as i64)
-            .with("gather_axis", 0)
-            .with("quantize_axis", 1);
+        let new = Node::new(
+            node.name.replace("Gather", "GatherBlockQuantized"),
+            "GatherBlockQuantized",
+            &[&q, &node.inputs[1], &s, &z],
+            &[&node.outputs[0]],
+        )
+        .in_domain(MICROSOFT)
+        .with("bits", 8)
+        .with("block_size", BLOCK as i64)
+        .with("gather_axis", 0)
+        .with("quantize_axis", 1);
         let graph = &mut draft.model.graph;
         graph.nodes[index] = new;
-        graph.initializers.push(Tensor::produced(&q, OnnxType::Uint8, [rows, cols], Arc::new(integers))?);
+        graph.initializers.push(Tensor::produced(
+            &q,
+            OnnxType::Uint8,
+            [rows, cols],
+            Arc::new(integers),
+        )?);
         graph.initializers.push(stored);
-        graph.initializers.push(Tensor::inline(&z, OnnxType::Uint8, [rows, blocks], vec![MIDDLE; rows * blocks])?);
+        graph.initializers.push(Tensor::inline(
+            &z,
+            OnnxType::Uint8,
+            [rows, blocks],
+            vec![MIDDLE; rows * blocks],
+        )?);
         remove_dead(graph);
         declare_opset(&mut draft.model, MICROSOFT, 1);
         Ok(true)
@@ -73,10 +99,16 @@ fn block_scales(table: &Tensor) -> Result<Vec<f32>> {
     let values = table.to_f32()?;
     let wrong = values.iter().filter(|value| !value.is_finite()).count();
     if wrong > 0 {
-        return Err(Error::NotFinite { what: format!("tensor `{}`", table.name), found: wrong });
+        return Err(Error::NotFinite {
+            what: format!("tensor `{}`", table.name),
+            found: wrong,
+        });
     }
     let largest = |block: &[f32]| block.iter().fold(0f32, |most, value| most.max(value.abs()));
-    Ok(values.par_chunks_exact(BLOCK).map(|block| largest(block) / 127.0).collect())
+    Ok(values
+        .par_chunks_exact(BLOCK)
+        .map(|block| largest(block) / 127.0)
+        .collect())
 }
 
 /// `ShareEmbeddingLmHead`: the head multiplies by the embedding's 8-bit integers. A head that is not the embedding in
@@ -90,7 +122,9 @@ impl Surgery for ShareHead {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
         let graph = &draft.model.graph;
         let found = embedding(graph).filter(|index| is_contrib(&graph.nodes[*index], "GatherBlockQuantized"));
-        let (Some(look), Some(head)) = (found, head(graph)) else { return Ok(false) };
+        let (Some(look), Some(head)) = (found, head(graph)) else {
+            return Ok(false);
+        };
         let (embed, old) = (graph.nodes[look].clone(), graph.nodes[head].clone());
         if !is_contrib(&old, "MatMulNBits") || embed.int("bits")? != Some(8) {
             tracing::warn!("the head stays: it is no MatMulNBits, or the embedding has no 8 bits");
@@ -100,17 +134,35 @@ impl Surgery for ShareHead {
             return Ok(false);
         }
         let constants = constants(graph);
-        let table = constants.get(embed.inputs[0].as_str()).map(|tensor| tensor.shape().to_vec()).unwrap_or_default();
-        let (&[rows, cols], block) = (table.as_slice(), embed.int("block_size")?.unwrap_or(BLOCK as i64)) else { return Ok(false) };
-        let distance = distance(&Packed::of(graph, &embed, [rows, cols])?, &Packed::of(graph, &old, [rows, cols])?, [rows, cols])?;
+        let table = constants
+            .get(embed.inputs[0].as_str())
+            .map(|tensor| tensor.shape().to_vec())
+            .unwrap_or_default();
+        let (&[rows, cols], block) = (table.as_slice(), embed.int("block_size")?.unwrap_or(BLOCK as i64))
+        else {
+            return Ok(false);
+        };
+        let distance = distance(
+            &Packed::of(graph, &embed, [rows, cols])?,
+            &Packed::of(graph, &old, [rows, cols])?,
+            [rows, cols],
+        )?;
         if distance > MAX_RELATIVE_ERROR {
-            let what = format!("sharing the embedding with a head that differs from it by {:.0} %", distance * 100.0);
+            let what = format!(
+                "sharing the embedding with a head that differs from it by {:.0} %",
+                distance * 100.0
+            );
             return Err(Error::unsupported(what, "the model's embeddings are not tied"));
         }
-        let mut new = Node::new(format!("{}_shared", old.name), "MatMulNBits", &[&old.inputs[0], "", &embed.inputs[2]], &[&old.outputs[0]])
-            .in_domain(MICROSOFT)
-            .with("K", cols as i64)
-            .with("N", rows as i64);
+        let mut new = Node::new(
+            format!("{}_shared", old.name),
+            "MatMulNBits",
+            &[&old.inputs[0], "", &embed.inputs[2]],
+            &[&old.outputs[0]],
+        )
+        .in_domain(MICROSOFT)
+        .with("K", cols as i64)
+        .with("N", rows as i64);
         new.inputs.extend(embed.input(3).map(str::to_owned));
         if let Some(level) = old.int("accuracy_level")? {
             new = new.with("accuracy_level", level);
@@ -139,12 +191,23 @@ impl Packed {
     fn of(graph: &Graph, node: &Node, shape: [usize; 2]) -> Result<Self> {
         let constants = constants(graph);
         let [rows, cols] = shape;
-        let places = if node.op_type == "MatMulNBits" { [1, 2, 3] } else { [0, 2, 3] };
+        let places = if node.op_type == "MatMulNBits" {
+            [1, 2, 3]
+        } else {
+            [0, 2, 3]
+        };
         let part = |place: usize| node.input(place).and_then(|name| constants.get(name).copied());
         let bits = node.int("bits")?.unwrap_or(4);
         let block = usize::try_from(node.int("block_size")?.unwrap_or(0)).unwrap_or(0);
-        let refuse = || Error::unsupported(format!("the layout of node `{}`", node.name), "4 or 8 bits with integer zero points");
-        let (Some(values), Some(scales), true, true) = (part(places[0]), part(places[1]), matches!(bits, 4 | 8), block > 0) else {
+        let refuse = || {
+            Error::unsupported(
+                format!("the layout of node `{}`", node.name),
+                "4 or 8 bits with integer zero points",
+            )
+        };
+        let (Some(values), Some(scales), true, true) =
+            (part(places[0]), part(places[1]), matches!(bits, 4 | 8), block > 0)
+        else {
             return Err(refuse());
         };
         let bits = bits as usize;
@@ -152,16 +215,25 @@ impl Packed {
         let in_row = (blocks * bits).div_ceil(8);
         let zeros = match part(places[2]) {
             None => vec![(1u32 << (bits - 1)) as f32; rows * blocks],
-            Some(zeros) if zeros.dtype() == OnnxType::Uint8 && zeros.len() == rows * in_row => {
-                zeros.bytes()?.chunks_exact(in_row).flat_map(|row| unpack(row, bits, blocks)).map(f32::from).collect()
-            }
+            Some(zeros) if zeros.dtype() == OnnxType::Uint8 && zeros.len() == rows * in_row => zeros
+                .bytes()?
+                .chunks_exact(in_row)
+                .flat_map(|row| unpack(row, bits, blocks))
+                .map(f32::from)
+                .collect(),
             Some(_) => return Err(refuse()),
         };
         let width = blocks * block;
         if values.len() * 8 != rows * width * bits || scales.len() != rows * blocks {
             return Err(refuse());
         }
-        Ok(Self { codes: unpack(&values.bytes()?, bits, rows * width), scales: scales.to_f32()?, zeros, block, width })
+        Ok(Self {
+            codes: unpack(&values.bytes()?, bits, rows * width),
+            scales: scales.to_f32()?,
+            zeros,
+            block,
+            width,
+        })
     }
 
     fn value(&self, row: usize, col: usize) -> f32 {
@@ -182,6 +254,12 @@ fn distance(a: &Packed, b: &Packed, shape: [usize; 2]) -> Result<f64> {
             })
         })
         .collect();
-    let (difference, size) = by_row.into_iter().fold((0.0, 0.0), |sum, row| (sum.0 + row.0, sum.1 + row.1));
-    Ok(if size == 0.0 { difference } else { (difference / size).sqrt() })
+    let (difference, size) = by_row
+        .into_iter()
+        .fold((0.0, 0.0), |sum, row| (sum.0 + row.0, sum.1 + row.1));
+    Ok(if size == 0.0 {
+        difference
+    } else {
+        (difference / size).sqrt()
+    })
 }

@@ -53,14 +53,29 @@ fn pairs(origin: &str, old: &[String], new: &[String]) -> Result<()> {
 impl Surgery for RenameInputs {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
         let is_input = |draft: &Draft, name: &str| draft.model.graph.input(name).is_some();
-        rename(draft, "RenameInputs", &self.old_names, &self.new_names, is_input, "/model/decoder/inputs")
+        rename(
+            draft,
+            "RenameInputs",
+            &self.old_names,
+            &self.new_names,
+            is_input,
+            "/model/decoder/inputs",
+        )
     }
 }
 
 impl Surgery for RenameOutputs {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
-        let is_output = |draft: &Draft, name: &str| draft.model.graph.outputs.iter().any(|output| output.name == name);
-        rename(draft, "RenameOutputs", &self.old_names, &self.new_names, is_output, "/model/decoder/outputs")
+        let is_output =
+            |draft: &Draft, name: &str| draft.model.graph.outputs.iter().any(|output| output.name == name);
+        rename(
+            draft,
+            "RenameOutputs",
+            &self.old_names,
+            &self.new_names,
+            is_output,
+            "/model/decoder/outputs",
+        )
     }
 }
 
@@ -78,10 +93,20 @@ fn rename(
             if exists(draft, new) {
                 continue;
             }
-            return Err(wrong(surgeon, "old_names", "names that the graph has", format!("`{old}`")));
+            return Err(wrong(
+                surgeon,
+                "old_names",
+                "names that the graph has",
+                format!("`{old}`"),
+            ));
         }
         if defined(&draft.model.graph).contains(new.as_str()) {
-            return Err(wrong(surgeon, "new_names", "names that are free", format!("`{new}`")));
+            return Err(wrong(
+                surgeon,
+                "new_names",
+                "names that are free",
+                format!("`{new}`"),
+            ));
         }
         rename_value(&mut draft.model.graph, old, new);
         rename_in_config(draft, section, old, new);
@@ -93,7 +118,11 @@ fn rename(
 /// Follows a rename in the texts of a section of `genai_config.json`. A name with a number fits a text with `%d`; that
 /// text is changed with the number put back, as all layers are renamed alike.
 fn rename_in_config(draft: &mut Draft, section: &str, old: &str, new: &str) {
-    let Some(Value::Object(names)) = draft.genai_config.as_mut().and_then(|config| config.pointer_mut(section)) else {
+    let Some(Value::Object(names)) = draft
+        .genai_config
+        .as_mut()
+        .and_then(|config| config.pointer_mut(section))
+    else {
         return;
     };
     for value in names.values_mut() {
@@ -126,9 +155,18 @@ impl Surgery for ReorderInputs {
         sorted.sort_unstable();
         if !sorted.iter().copied().eq(0..inputs.len()) {
             let expected = format!("each of 0 to {} once", inputs.len().saturating_sub(1));
-            return Err(wrong("ReorderInputs", "permutation", expected, format!("{:?}", self.permutation)));
+            return Err(wrong(
+                "ReorderInputs",
+                "permutation",
+                expected,
+                format!("{:?}", self.permutation),
+            ));
         }
-        let reordered: Vec<ValueInfo> = self.permutation.iter().map(|index| inputs[*index].clone()).collect();
+        let reordered: Vec<ValueInfo> = self
+            .permutation
+            .iter()
+            .map(|index| inputs[*index].clone())
+            .collect();
         let changed = reordered != *inputs;
         *inputs = reordered;
         Ok(changed)
@@ -147,12 +185,20 @@ impl Surgery for RemoveInputs {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
         let names: HashSet<&str> = self.names.list().iter().map(String::as_str).collect();
         let graph = &mut draft.model.graph;
-        if !graph.inputs.iter().any(|input| names.contains(input.name.as_str())) {
+        if !graph
+            .inputs
+            .iter()
+            .any(|input| names.contains(input.name.as_str()))
+        {
             return Ok(false);
         }
         graph.inputs.retain(|input| !names.contains(input.name.as_str()));
-        graph.initializers.retain(|tensor| !names.contains(tensor.name.as_str()));
-        graph.value_infos.retain(|info| !names.contains(info.name.as_str()));
+        graph
+            .initializers
+            .retain(|tensor| !names.contains(tensor.name.as_str()));
+        graph
+            .value_infos
+            .retain(|info| !names.contains(info.name.as_str()));
         for node in &mut graph.nodes {
             if !node.inputs.iter().any(|input| names.contains(input.as_str())) {
                 continue;
@@ -176,9 +222,15 @@ impl FromArguments for RemoveDefaults {}
 impl Surgery for RemoveDefaults {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
         let graph = &mut draft.model.graph;
-        let constants: HashSet<&str> = graph.initializers.iter().map(|tensor| tensor.name.as_str()).collect();
+        let constants: HashSet<&str> = graph
+            .initializers
+            .iter()
+            .map(|tensor| tensor.name.as_str())
+            .collect();
         let before = graph.inputs.len();
-        graph.inputs.retain(|input| !constants.contains(input.name.as_str()));
+        graph
+            .inputs
+            .retain(|input| !constants.contains(input.name.as_str()));
         Ok(graph.inputs.len() != before)
     }
 }
@@ -195,8 +247,13 @@ impl Surgery for ExposeOutputs {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
         let mut values = Vec::new();
         for name in self.names.list() {
-            let node = draft.model.graph.node(name).filter(|node| !name.is_empty() && node.output(0).is_some());
-            let node = node.ok_or_else(|| wrong("ExposeOutputs", "names", "names of nodes", format!("`{name}`")))?;
+            let node = draft
+                .model
+                .graph
+                .node(name)
+                .filter(|node| !name.is_empty() && node.output(0).is_some());
+            let node =
+                node.ok_or_else(|| wrong("ExposeOutputs", "names", "names of nodes", format!("`{name}`")))?;
             values.push(node.outputs[0].clone());
         }
         expose(draft, "ExposeOutputs", &values)
@@ -215,7 +272,10 @@ impl Surgery for ExposeValues {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
         let nodes = draft.model.graph.nodes.iter();
         let all = nodes.flat_map(|node| node.outputs.iter().filter(|name| !name.is_empty()).cloned());
-        let values = self.intermediate_tensor_to_add.clone().unwrap_or_else(|| all.collect());
+        let values = self
+            .intermediate_tensor_to_add
+            .clone()
+            .unwrap_or_else(|| all.collect());
         expose(draft, "AddIntermediateTensorsToOutputs", &values)
     }
 }
@@ -226,7 +286,12 @@ fn expose(draft: &mut Draft, surgeon: &str, values: &[String]) -> Result<bool> {
     let mut changed = false;
     for name in values {
         if !producers(graph).contains_key(name.as_str()) {
-            return Err(wrong(surgeon, "names", "values that nodes make", format!("`{name}`")));
+            return Err(wrong(
+                surgeon,
+                "names",
+                "values that nodes make",
+                format!("`{name}`"),
+            ));
         }
         if graph.outputs.iter().any(|output| output.name == *name) {
             continue;
@@ -234,7 +299,11 @@ fn expose(draft: &mut Draft, surgeon: &str, values: &[String]) -> Result<bool> {
         let declared = graph.value_infos.iter().find(|info| info.name == *name);
         let shape = declared.and_then(|info| info.shape.clone());
         graph.value_infos.retain(|info| info.name != *name);
-        graph.outputs.push(ValueInfo { name: name.clone(), dtype: types.get(name).copied(), shape });
+        graph.outputs.push(ValueInfo {
+            name: name.clone(),
+            dtype: types.get(name).copied(),
+            shape,
+        });
         changed = true;
     }
     remove_unread(graph);
@@ -262,7 +331,12 @@ impl FromArguments for InputDims {
     fn checked(self, origin: &str) -> Result<Self> {
         match (&self.input_idx, &self.input_name) {
             (Some(_), None) | (None, Some(_)) => Ok(self),
-            _ => Err(Error::config(origin, "input_idx", "either it or `input_name`", "both or neither")),
+            _ => Err(Error::config(
+                origin,
+                "input_idx",
+                "either it or `input_name`",
+                "both or neither",
+            )),
         }
     }
 }
@@ -277,7 +351,14 @@ impl Surgery for InputDims {
             (Some(name), _) => inputs.iter_mut().find(|input| input.name == *name),
             (None, index) => inputs.get_mut(index.unwrap_or(usize::MAX)),
         };
-        let input = found.ok_or_else(|| wrong("RenameInputDims", "input_idx", format!("one of {count} inputs"), "another"))?;
+        let input = found.ok_or_else(|| {
+            wrong(
+                "RenameInputDims",
+                "input_idx",
+                format!("one of {count} inputs"),
+                "another",
+            )
+        })?;
         set_dim("RenameInputDims", input, self.dim_idx, &self.dim_name)
     }
 }
@@ -287,7 +368,14 @@ impl Surgery for OutputDims {
         let outputs = &mut draft.model.graph.outputs;
         let count = outputs.len();
         let output = outputs.get_mut(self.output_idx);
-        let output = output.ok_or_else(|| wrong("RenameOutputDims", "output_idx", format!("below {count}"), self.output_idx.to_string()))?;
+        let output = output.ok_or_else(|| {
+            wrong(
+                "RenameOutputDims",
+                "output_idx",
+                format!("below {count}"),
+                self.output_idx.to_string(),
+            )
+        })?;
         set_dim("RenameOutputDims", output, self.dim_idx, &self.dim_name)
     }
 }
@@ -295,7 +383,14 @@ impl Surgery for OutputDims {
 fn set_dim(surgeon: &str, info: &mut ValueInfo, index: usize, name: &str) -> Result<bool> {
     let display = info.to_string();
     let dim = info.shape.as_mut().and_then(|shape| shape.get_mut(index));
-    let dim = dim.ok_or_else(|| wrong(surgeon, "dim_idx", format!("a size of `{display}`"), index.to_string()))?;
+    let dim = dim.ok_or_else(|| {
+        wrong(
+            surgeon,
+            "dim_idx",
+            format!("a size of `{display}`"),
+            index.to_string(),
+        )
+    })?;
     let new = Dim::from(name);
     let changed = *dim != new;
     *dim = new;

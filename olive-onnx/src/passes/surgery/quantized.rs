@@ -20,10 +20,17 @@ impl Surgery for RemoveGroupIndex {
         let constants = constants(graph);
         let mut places = Vec::new();
         for (index, node) in graph.nodes.iter().enumerate() {
-            let Some(name) = node.input(4).filter(|_| is_contrib(node, "MatMulNBits")) else { continue };
+            let Some(name) = node.input(4).filter(|_| is_contrib(node, "MatMulNBits")) else {
+                continue;
+            };
             let block_size = node.int("block_size")?.unwrap_or(0).max(1);
             let groups = constants.get(name).map(|tensor| tensor.to_i64()).transpose()?;
-            let in_order = groups.is_some_and(|groups| groups.iter().enumerate().all(|(k, group)| *group == k as i64 / block_size));
+            let in_order = groups.is_some_and(|groups| {
+                groups
+                    .iter()
+                    .enumerate()
+                    .all(|(k, group)| *group == k as i64 / block_size)
+            });
             if !in_order {
                 tracing::warn!("node `{}` keeps its group index, which reorders", node.name);
                 continue;
@@ -56,7 +63,10 @@ impl FromArguments for RemoveQdq {
     fn checked(self, _origin: &str) -> Result<Self> {
         match self.keep_clip_after_inputs {
             false => Ok(self),
-            true => Err(Error::unsupported("keep_clip_after_inputs", "pairs are removed without a trace")),
+            true => Err(Error::unsupported(
+                "keep_clip_after_inputs",
+                "pairs are removed without a trace",
+            )),
         }
     }
 }
@@ -67,11 +77,16 @@ impl Surgery for RemoveQdq {
         let map: HashMap<String, String> = {
             let made_by = producers(graph);
             let outputs = output_names(graph);
-            let pairs = graph.nodes.iter().filter(|node| is_op(node, "DequantizeLinear")).filter_map(|node| {
-                let quantize = &graph.nodes[*made_by.get(node.inputs[0].as_str())?];
-                let fits = is_op(quantize, "QuantizeLinear") && !outputs.contains(node.outputs[0].as_str());
-                fits.then(|| (node.outputs[0].clone(), quantize.inputs[0].clone()))
-            });
+            let pairs = graph
+                .nodes
+                .iter()
+                .filter(|node| is_op(node, "DequantizeLinear"))
+                .filter_map(|node| {
+                    let quantize = &graph.nodes[*made_by.get(node.inputs[0].as_str())?];
+                    let fits =
+                        is_op(quantize, "QuantizeLinear") && !outputs.contains(node.outputs[0].as_str());
+                    fits.then(|| (node.outputs[0].clone(), quantize.inputs[0].clone()))
+                });
             pairs.collect()
         };
         if map.is_empty() {

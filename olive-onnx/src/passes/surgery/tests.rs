@@ -8,7 +8,10 @@ fn run(surgeries: Value, draft: &mut Draft) -> Result<bool> {
     let configured = pass.configure(given.as_object().unwrap())?;
     let changed = pass.apply(configured.as_ref(), draft)?.changed;
     let once = draft.model.clone();
-    assert!(!pass.apply(configured.as_ref(), draft)?.changed, "a second run changes nothing");
+    assert!(
+        !pass.apply(configured.as_ref(), draft)?.changed,
+        "a second run changes nothing"
+    );
     assert_eq!(once, draft.model);
     Ok(changed)
 }
@@ -28,14 +31,28 @@ fn graph(nodes: Vec<Node>, initializers: Vec<Tensor>) -> Model {
 }
 
 fn ops(model: &Model) -> Vec<&str> {
-    model.graph.nodes.iter().map(|node| node.op_type.as_str()).collect()
+    model
+        .graph
+        .nodes
+        .iter()
+        .map(|node| node.op_type.as_str())
+        .collect()
 }
 
 #[test]
 fn unknown_surgeons_and_arguments_are_refused_by_name() {
-    let refuse = |surgery: Value| run(Value::Array(vec![surgery]), &mut Draft::of(sample_model())).unwrap_err().to_string();
-    assert!(refuse(serde_json::json!({"surgeon": "TieWordEmbedings"})).contains("did you mean `TieWordEmbeddings`"));
-    assert!(refuse(serde_json::json!({"surgeon": "RenameInputs", "old_name": ["x"]})).contains("`old_names`"));
+    let refuse = |surgery: Value| {
+        run(Value::Array(vec![surgery]), &mut Draft::of(sample_model()))
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(
+        refuse(serde_json::json!({"surgeon": "TieWordEmbedings"}))
+            .contains("did you mean `TieWordEmbeddings`")
+    );
+    assert!(
+        refuse(serde_json::json!({"surgeon": "RenameInputs", "old_name": ["x"]})).contains("`old_names`")
+    );
     assert!(refuse(serde_json::json!({"surgeon": "RenameInputs", "old_names": ["x"]})).contains("new_names"));
     assert!(refuse(serde_json::json!({"names": ["x"]})).contains("surgeon"));
 }
@@ -43,7 +60,9 @@ fn unknown_surgeons_and_arguments_are_refused_by_name() {
 #[test]
 fn names_follow_into_the_config() {
     let mut draft = Draft::of(sample_model());
-    draft.genai_config = Some(serde_json::json!({"model": {"decoder": {"inputs": {"input_ids": "x"}, "outputs": {"k": "y.%d.key"}}}}));
+    draft.genai_config = Some(
+        serde_json::json!({"model": {"decoder": {"inputs": {"input_ids": "x"}, "outputs": {"k": "y.%d.key"}}}}),
+    );
     let changed = run(
         serde_json::json!([
             {"surgeon": "RenameInputs", "old_names": ["x"], "new_names": ["tokens"]},
@@ -52,25 +71,59 @@ fn names_follow_into_the_config() {
         &mut draft,
     );
     assert!(changed.unwrap());
-    assert_eq!((draft.model.graph.inputs[0].name.as_str(), draft.model.graph.outputs[0].name.as_str()), ("tokens", "out"));
-    assert_eq!(draft.genai_config.unwrap()["model"]["decoder"]["inputs"]["input_ids"], "tokens");
+    assert_eq!(
+        (
+            draft.model.graph.inputs[0].name.as_str(),
+            draft.model.graph.outputs[0].name.as_str()
+        ),
+        ("tokens", "out")
+    );
+    assert_eq!(
+        draft.genai_config.unwrap()["model"]["decoder"]["inputs"]["input_ids"],
+        "tokens"
+    );
 }
 
 #[test]
 fn inputs_are_removed_reordered_and_lose_defaults() {
-    let mut model = graph(vec![Node::new("s", "Sum", &["x", "w", "z"], &["y"])], vec![Tensor::floats("w", [1], &[1.0]).unwrap()]);
+    let mut model = graph(
+        vec![Node::new("s", "Sum", &["x", "w", "z"], &["y"])],
+        vec![Tensor::floats("w", [1], &[1.0]).unwrap()],
+    );
     for name in ["w", "z"] {
-        model.graph.inputs.push(ValueInfo::new(name, OnnxType::Float, vec![Dim::from(1)]));
+        model
+            .graph
+            .inputs
+            .push(ValueInfo::new(name, OnnxType::Float, vec![Dim::from(1)]));
     }
-    let (changed, after) = on(model.clone(), serde_json::json!([{"surgeon": "RemoveInitializerFromInputs"}]));
+    let (changed, after) = on(
+        model.clone(),
+        serde_json::json!([{"surgeon": "RemoveInitializerFromInputs"}]),
+    );
     assert!(changed && after.graph.inputs.len() == 2 && after.graph.initializers.len() == 1);
-    let (_, after) = on(model.clone(), serde_json::json!([{"surgeon": "RemoveInputs", "names": ["z"]}]));
+    let (_, after) = on(
+        model.clone(),
+        serde_json::json!([{"surgeon": "RemoveInputs", "names": ["z"]}]),
+    );
     assert_eq!(after.graph.nodes[0].inputs, ["x", "w"]);
     let pass = find("GraphSurgeries").unwrap();
     let given = serde_json::json!({"surgeries": [{"surgeon": "ReorderInputs", "permutation": [2, 0, 1]}]});
     let mut draft = Draft::of(model);
-    pass.apply(pass.configure(given.as_object().unwrap()).unwrap().as_ref(), &mut draft).unwrap();
-    assert_eq!(draft.model.graph.inputs.iter().map(|i| i.name.as_str()).collect::<Vec<_>>(), ["z", "x", "w"]);
+    pass.apply(
+        pass.configure(given.as_object().unwrap()).unwrap().as_ref(),
+        &mut draft,
+    )
+    .unwrap();
+    assert_eq!(
+        draft
+            .model
+            .graph
+            .inputs
+            .iter()
+            .map(|i| i.name.as_str())
+            .collect::<Vec<_>>(),
+        ["z", "x", "w"]
+    );
 }
 
 #[test]
@@ -91,7 +144,10 @@ fn values_are_exposed_and_sizes_renamed() {
 #[test]
 fn broken_graphs_are_repaired() {
     let mut model = sample_model();
-    model.graph.nodes.insert(1, Node::new("again", "Neg", &["x"], &["t"]));
+    model
+        .graph
+        .nodes
+        .insert(1, Node::new("again", "Neg", &["x"], &["t"]));
     assert!(model.graph.check().is_err());
     let (changed, model) = on(model, serde_json::json!([{"surgeon": "DeduplicateNodes"}]));
     assert!(changed && model.graph.nodes.len() == 2);
@@ -102,17 +158,36 @@ fn broken_graphs_are_repaired() {
         initializers: vec![constant.clone(), constant],
         ..Graph::default()
     };
-    let broken = graph(vec![Node::new("if", "If", &["x"], &["y"]).with("then_branch", branch)], vec![]);
-    let (changed, model) = on(broken, serde_json::json!([{"surgeon": "DeduplicateSubgraphInitializers"}]));
+    let broken = graph(
+        vec![Node::new("if", "If", &["x"], &["y"]).with("then_branch", branch)],
+        vec![],
+    );
+    let (changed, model) = on(
+        broken,
+        serde_json::json!([{"surgeon": "DeduplicateSubgraphInitializers"}]),
+    );
     assert!(changed);
     model.graph.check().unwrap();
 }
 
 fn norm(op: &str, outputs: &[&str]) -> Model {
-    let (domain, inputs): (&str, &[&str]) = if op.starts_with("Skip") { (MICROSOFT, &["x", "s", "w"]) } else { ("", &["x", "w"]) };
-    let node = Node::new("n", op, inputs, outputs).in_domain(domain).with("epsilon", 1e-5f32);
-    let mut model = graph(vec![node], vec![Tensor::floats("w", [4], &[1.0, 2.0, 3.0, 4.0]).unwrap()]);
-    model.graph.inputs.push(ValueInfo::new("s", OnnxType::Float, vec![Dim::from("batch"), Dim::from(4)]));
+    let (domain, inputs): (&str, &[&str]) = if op.starts_with("Skip") {
+        (MICROSOFT, &["x", "s", "w"])
+    } else {
+        ("", &["x", "w"])
+    };
+    let node = Node::new("n", op, inputs, outputs)
+        .in_domain(domain)
+        .with("epsilon", 1e-5f32);
+    let mut model = graph(
+        vec![node],
+        vec![Tensor::floats("w", [4], &[1.0, 2.0, 3.0, 4.0]).unwrap()],
+    );
+    model.graph.inputs.push(ValueInfo::new(
+        "s",
+        OnnxType::Float,
+        vec![Dim::from("batch"), Dim::from(4)],
+    ));
     model
 }
 
@@ -122,14 +197,32 @@ fn norms_are_taken_apart_unless_their_statistics_are_read() {
     let (_, model) = on(norm("SimplifiedLayerNormalization", &["y"]), rms.clone());
     assert_eq!(ops(&model), ["Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"]);
     let mut skip = norm("SkipSimplifiedLayerNormalization", &["y", "", "", "sum"]);
-    skip.graph.outputs.push(ValueInfo::new("sum", OnnxType::Float, []));
+    skip.graph
+        .outputs
+        .push(ValueInfo::new("sum", OnnxType::Float, []));
     let (_, model) = on(skip.clone(), rms.clone());
-    assert_eq!(ops(&model), ["Add", "Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"]);
-    let (_, model) = on(skip, serde_json::json!([{"surgeon": "SimplifiedLayerNormToL2Norm"}]));
+    assert_eq!(
+        ops(&model),
+        ["Add", "Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"]
+    );
+    let (_, model) = on(
+        skip,
+        serde_json::json!([{"surgeon": "SimplifiedLayerNormToL2Norm"}]),
+    );
     assert_eq!(ops(&model), ["Add", "LpNormalization", "Mul"]);
-    assert_eq!(model.graph.initializer("w_l2norm_scaled").unwrap().to_f32().unwrap(), [2.0, 4.0, 6.0, 8.0]);
+    assert_eq!(
+        model
+            .graph
+            .initializer("w_l2norm_scaled")
+            .unwrap()
+            .to_f32()
+            .unwrap(),
+        [2.0, 4.0, 6.0, 8.0]
+    );
     let mut read = norm("SkipSimplifiedLayerNormalization", &["y", "mean"]);
-    read.graph.outputs.push(ValueInfo::new("mean", OnnxType::Float, []));
+    read.graph
+        .outputs
+        .push(ValueInfo::new("mean", OnnxType::Float, []));
     assert!(!on(read, rms.clone()).0);
     // What the one surgery makes, the other finds.
     let (_, model) = on(norm("SimplifiedLayerNormalization", &["y"]), rms);
@@ -140,13 +233,24 @@ fn norms_are_taken_apart_unless_their_statistics_are_read() {
 
 fn tied(same: bool) -> Model {
     let table: Vec<f32> = (0..12).map(|i| i as f32).collect();
-    let head: Vec<f32> = (0..3).flat_map(|col| (0..4).map(move |row| (row * 3 + col) as f32)).map(|v| if same { v } else { v + 1.0 }).collect();
+    let head: Vec<f32> = (0..3)
+        .flat_map(|col| (0..4).map(move |row| (row * 3 + col) as f32))
+        .map(|v| if same { v } else { v + 1.0 })
+        .collect();
     let mut model = graph(
         vec![
-            Node::new("/model/embed_tokens/Gather", "Gather", &["embed", "input_ids"], &["e"]),
+            Node::new(
+                "/model/embed_tokens/Gather",
+                "Gather",
+                &["embed", "input_ids"],
+                &["e"],
+            ),
             Node::new("/lm_head/MatMul", "MatMul", &["e", "head"], &["logits"]),
         ],
-        vec![Tensor::floats("embed", [4, 3], &table).unwrap(), Tensor::floats("head", [3, 4], &head).unwrap()],
+        vec![
+            Tensor::floats("embed", [4, 3], &table).unwrap(),
+            Tensor::floats("head", [3, 4], &head).unwrap(),
+        ],
     );
     model.graph.inputs = vec![ValueInfo::new("input_ids", OnnxType::Int64, [])];
     model.graph.outputs = vec![ValueInfo::new("logits", OnnxType::Float, [])];
@@ -158,7 +262,10 @@ fn only_equal_weights_are_tied() {
     let tie = serde_json::json!([{"surgeon": "TieWordEmbeddings"}]);
     let (changed, model) = on(tied(true), tie.clone());
     assert!(changed);
-    assert_eq!((ops(&model), model.graph.initializers.len()), (vec!["Gather", "Transpose", "MatMul"], 1));
+    assert_eq!(
+        (ops(&model), model.graph.initializers.len()),
+        (vec!["Gather", "Transpose", "MatMul"], 1)
+    );
     assert!(!on(tied(false), tie).0);
 }
 
@@ -182,7 +289,9 @@ fn an_index_of_groups_in_order_is_removed() {
     let surgery = serde_json::json!([{"surgeon": "RemoveGidxFromMatMulNBits"}]);
     let in_order: Vec<i64> = (0..32).map(|k| k / 16).collect();
     let (changed, after) = on(model(&in_order), surgery.clone());
-    assert!(changed && after.graph.nodes[0].inputs == ["x", "q", "s"] && after.graph.initializer("g").is_none());
+    assert!(
+        changed && after.graph.nodes[0].inputs == ["x", "q", "s"] && after.graph.initializer("g").is_none()
+    );
     let reordered: Vec<i64> = (0..32).map(|k| k % 2).collect();
     assert!(!on(model(&reordered), surgery).0);
 }
@@ -190,32 +299,74 @@ fn an_index_of_groups_in_order_is_removed() {
 #[test]
 fn arithmetic_is_rewritten() {
     let (_, model) = on(
-        graph(vec![Node::new("r", "Reciprocal", &["x"], &["r"]), Node::new("m", "Mul", &["r", "x"], &["y"])], vec![]),
+        graph(
+            vec![
+                Node::new("r", "Reciprocal", &["x"], &["r"]),
+                Node::new("m", "Mul", &["r", "x"], &["y"]),
+            ],
+            vec![],
+        ),
         serde_json::json!([{"surgeon": "ReciprocalMulToDiv"}]),
     );
-    assert_eq!((ops(&model), model.graph.nodes[0].inputs.clone()), (vec!["Div"], vec!["x".to_owned(), "x".to_owned()]));
-    let (_, model) = on(graph(vec![Node::new("e", "Erf", &["x"], &["y"])], vec![]), serde_json::json!([{"surgeon": "ReplaceErfWithTanh"}]));
+    assert_eq!(
+        (ops(&model), model.graph.nodes[0].inputs.clone()),
+        (vec!["Div"], vec!["x".to_owned(), "x".to_owned()])
+    );
+    let (_, model) = on(
+        graph(vec![Node::new("e", "Erf", &["x"], &["y"])], vec![]),
+        serde_json::json!([{"surgeon": "ReplaceErfWithTanh"}]),
+    );
     assert_eq!(ops(&model), ["Mul", "Tanh"]);
     let gelu = Node::new("q", "QuickGelu", &["x"], &["y"]).in_domain(MICROSOFT);
-    let (_, model) = on(graph(vec![gelu], vec![]), serde_json::json!([{"surgeon": "DecomposeQuickGelu"}]));
+    let (_, model) = on(
+        graph(vec![gelu], vec![]),
+        serde_json::json!([{"surgeon": "DecomposeQuickGelu"}]),
+    );
     assert_eq!(ops(&model), ["Mul", "Sigmoid", "Mul"]);
     let gemm = Node::new("g", "Gemm", &["x", "w", "b"], &["y"]).with("transB", 1);
-    let tensors = vec![Tensor::floats("w", [4, 4], &[1.0; 16]).unwrap(), Tensor::floats("b", [4], &[1.0; 4]).unwrap()];
-    let (_, model) = on(graph(vec![gemm], tensors), serde_json::json!([{"surgeon": "GemmToMatMulAdd"}]));
+    let tensors = vec![
+        Tensor::floats("w", [4, 4], &[1.0; 16]).unwrap(),
+        Tensor::floats("b", [4], &[1.0; 4]).unwrap(),
+    ];
+    let (_, model) = on(
+        graph(vec![gemm], tensors),
+        serde_json::json!([{"surgeon": "GemmToMatMulAdd"}]),
+    );
     assert_eq!(ops(&model), ["Transpose", "MatMul", "Add"]);
-    let (_, model) = on(model, serde_json::json!([{"surgeon": "CastOutputs", "names": ["y"], "to": "FLOAT16"}]));
+    let (_, model) = on(
+        model,
+        serde_json::json!([{"surgeon": "CastOutputs", "names": ["y"], "to": "FLOAT16"}]),
+    );
     assert_eq!(ops(&model).last(), Some(&"Cast"));
-    let (_, model) = on(sample_model(), serde_json::json!([{"surgeon": "ZeroOutInput", "node_name": "b", "input_idx": 0}]));
+    let (_, model) = on(
+        sample_model(),
+        serde_json::json!([{"surgeon": "ZeroOutInput", "node_name": "b", "input_idx": 0}]),
+    );
     assert_eq!(ops(&model), ["Constant", "Neg"]);
 }
 
 #[test]
 fn masks_lose_their_extreme_values() {
     let model = graph(
-        vec![Node::new("a", "Add", &["x", "m"], &["t"]), Node::new("b", "MatMul", &["t", "w"], &["y"])],
-        vec![Tensor::floats("m", [2], &[-3.4e38, 0.0]).unwrap(), Tensor::floats("w", [2], &[-3.4e38, 0.0]).unwrap()],
+        vec![
+            Node::new("a", "Add", &["x", "m"], &["t"]),
+            Node::new("b", "MatMul", &["t", "w"], &["y"]),
+        ],
+        vec![
+            Tensor::floats("m", [2], &[-3.4e38, 0.0]).unwrap(),
+            Tensor::floats("w", [2], &[-3.4e38, 0.0]).unwrap(),
+        ],
     );
-    let (_, model) = on(model, serde_json::json!([{"surgeon": "ReplaceAttentionMaskValue"}]));
-    assert_eq!(model.graph.initializer("m").unwrap().to_f32().unwrap(), [-1e4, 0.0]);
-    assert_eq!(model.graph.initializer("w").unwrap().to_f32().unwrap(), [-3.4e38, 0.0]);
+    let (_, model) = on(
+        model,
+        serde_json::json!([{"surgeon": "ReplaceAttentionMaskValue"}]),
+    );
+    assert_eq!(
+        model.graph.initializer("m").unwrap().to_f32().unwrap(),
+        [-1e4, 0.0]
+    );
+    assert_eq!(
+        model.graph.initializer("w").unwrap().to_f32().unwrap(),
+        [-3.4e38, 0.0]
+    );
 }

@@ -50,7 +50,9 @@ fn first_of_each_name(graph: &mut Graph) -> bool {
     for branch in graph.nodes.iter_mut().flat_map(branches_mut) {
         let before = branch.initializers.len();
         let mut seen: HashSet<String> = HashSet::new();
-        branch.initializers.retain(|tensor| seen.insert(tensor.name.clone()));
+        branch
+            .initializers
+            .retain(|tensor| seen.insert(tensor.name.clone()));
         changed |= branch.initializers.len() != before;
         changed |= first_of_each_name(branch);
     }
@@ -92,8 +94,14 @@ impl Surgery for RemoveInitializerInfo {
 
 fn clear_constant_infos(graph: &mut Graph) -> bool {
     let before = graph.value_infos.len();
-    let constants: HashSet<&str> = graph.initializers.iter().map(|tensor| tensor.name.as_str()).collect();
-    graph.value_infos.retain(|info| !constants.contains(info.name.as_str()));
+    let constants: HashSet<&str> = graph
+        .initializers
+        .iter()
+        .map(|tensor| tensor.name.as_str())
+        .collect();
+    graph
+        .value_infos
+        .retain(|info| !constants.contains(info.name.as_str()));
     let mut changed = graph.value_infos.len() != before;
     for branch in graph.nodes.iter_mut().flat_map(branches_mut) {
         changed |= clear_constant_infos(branch);
@@ -113,7 +121,10 @@ impl Surgery for RemoveMemcpy {
         let mut changed = false;
         let mut index = 0;
         while index < graph.nodes.len() {
-            let copies = matches!(graph.nodes[index].op_type.as_str(), "MemcpyFromHost" | "MemcpyToHost");
+            let copies = matches!(
+                graph.nodes[index].op_type.as_str(),
+                "MemcpyFromHost" | "MemcpyToHost"
+            );
             if copies && bypass(graph, index) {
                 changed = true;
             } else {
@@ -192,7 +203,10 @@ impl Surgery for UnusedOutputs {
         used.extend(graph.outputs.iter().map(|output| output.name.clone()));
         let mut changed = false;
         for node in &mut graph.nodes {
-            let known = OPTIONAL_OUTPUTS.iter().find(|(op, _)| *op == node.op_type).map(|(_, fixed)| *fixed);
+            let known = OPTIONAL_OUTPUTS
+                .iter()
+                .find(|(op, _)| *op == node.op_type)
+                .map(|(_, fixed)| *fixed);
             let named = self.op_types.as_ref().map(|list| list.contains(&node.op_type));
             let fixed = match (named, known) {
                 (Some(true), known) => known.unwrap_or(1),
@@ -201,7 +215,12 @@ impl Surgery for UnusedOutputs {
             };
             // A node without any output would be no node.
             let alive = node.outputs.iter().any(|name| used.contains(name));
-            for name in node.outputs.iter_mut().skip(fixed).filter(|name| alive && !name.is_empty() && !used.contains(*name)) {
+            for name in node
+                .outputs
+                .iter_mut()
+                .skip(fixed)
+                .filter(|name| alive && !name.is_empty() && !used.contains(*name))
+            {
                 name.clear();
                 changed = true;
             }

@@ -20,10 +20,15 @@ impl FromArguments for TieEmbeddings {}
 impl Surgery for TieEmbeddings {
     fn operate(&self, draft: &mut Draft) -> Result<bool> {
         let graph = &mut draft.model.graph;
-        let (Some(embed), Some(head)) = (embedding(graph), head(graph)) else { return Ok(false) };
+        let (Some(embed), Some(head)) = (embedding(graph), head(graph)) else {
+            return Ok(false);
+        };
         let changed = match is_op(&graph.nodes[embed], "Gather") && is_op(&graph.nodes[head], "MatMul") {
             true => tie_floats(graph, embed, head)?,
-            false if is_contrib(&graph.nodes[embed], "GatherBlockQuantized") && is_contrib(&graph.nodes[head], "MatMulNBits") => {
+            false
+                if is_contrib(&graph.nodes[embed], "GatherBlockQuantized")
+                    && is_contrib(&graph.nodes[head], "MatMulNBits") =>
+            {
                 tie_integers(graph, embed, head)?
             }
             false => false,
@@ -31,7 +36,9 @@ impl Surgery for TieEmbeddings {
         if changed {
             remove_dead(graph);
         } else {
-            tracing::warn!("embedding and head are not tied: they are shared already, or hold different weights");
+            tracing::warn!(
+                "embedding and head are not tied: they are shared already, or hold different weights"
+            );
         }
         Ok(changed)
     }
@@ -51,17 +58,29 @@ pub(super) fn embedding(graph: &Graph) -> Option<usize> {
 /// The node that makes the logits.
 pub(super) fn head(graph: &Graph) -> Option<usize> {
     let by_output = producers(graph).get("logits").copied();
-    let multiplies = |index: &usize| is_op(&graph.nodes[*index], "MatMul") || is_contrib(&graph.nodes[*index], "MatMulNBits");
-    let by_name = || graph.nodes.iter().position(|node| node.name.contains("lm_head") && (is_op(node, "MatMul") || is_contrib(node, "MatMulNBits")));
+    let multiplies = |index: &usize| {
+        is_op(&graph.nodes[*index], "MatMul") || is_contrib(&graph.nodes[*index], "MatMulNBits")
+    };
+    let by_name = || {
+        graph.nodes.iter().position(|node| {
+            node.name.contains("lm_head") && (is_op(node, "MatMul") || is_contrib(node, "MatMulNBits"))
+        })
+    };
     by_output.filter(multiplies).or_else(by_name)
 }
 
 fn tie_floats(graph: &mut Graph, embed: usize, head: usize) -> Result<bool> {
     let constants = constants(graph);
-    let (Some(table), Some(weight)) = (constants.get(graph.nodes[embed].inputs[0].as_str()), constants.get(graph.nodes[head].inputs[1].as_str())) else {
+    let (Some(table), Some(weight)) = (
+        constants.get(graph.nodes[embed].inputs[0].as_str()),
+        constants.get(graph.nodes[head].inputs[1].as_str()),
+    ) else {
         return Ok(false);
     };
-    let ([rows, cols], true) = (<[usize; 2]>::try_from(table.shape()).unwrap_or([0, 0]), table.dtype() == weight.dtype()) else {
+    let ([rows, cols], true) = (
+        <[usize; 2]>::try_from(table.shape()).unwrap_or([0, 0]),
+        table.dtype() == weight.dtype(),
+    ) else {
         return Ok(false);
     };
     if weight.shape() != [cols, rows] || !transposes(table, weight, [rows, cols])? {
@@ -69,9 +88,15 @@ fn tie_floats(graph: &mut Graph, embed: usize, head: usize) -> Result<bool> {
     }
     let table = graph.nodes[embed].inputs[0].clone();
     let mut names = FreshNames::new(graph);
-    let (name, value) = (names.make("/lm_head/Transpose_tied"), names.make("/lm_head/Transpose_tied/output_0"));
+    let (name, value) = (
+        names.make("/lm_head/Transpose_tied"),
+        names.make("/lm_head/Transpose_tied/output_0"),
+    );
     graph.nodes[head].inputs[1].clone_from(&value);
-    graph.nodes.insert(head, Node::new(name, "Transpose", &[&table], &[&value]).with("perm", vec![1, 0]));
+    graph.nodes.insert(
+        head,
+        Node::new(name, "Transpose", &[&table], &[&value]).with("perm", vec![1, 0]),
+    );
     Ok(true)
 }
 
@@ -85,19 +110,25 @@ fn transposes(a: &Tensor, b: &Tensor, shape: [usize; 2]) -> Result<bool> {
         element[..size].copy_from_slice(&bytes[index * size..(index + 1) * size]);
         element
     };
-    Ok(size > 0 && (0..rows).all(|row| (0..cols).all(|col| element(&a, row * cols + col) == element(&b, col * rows + row))))
+    Ok(size > 0
+        && (0..rows)
+            .all(|row| (0..cols).all(|col| element(&a, row * cols + col) == element(&b, col * rows + row))))
 }
 
 fn tie_integers(graph: &mut Graph, embed: usize, head: usize) -> Result<bool> {
     let constants = constants(graph);
     let (look, multiply) = (&graph.nodes[embed], &graph.nodes[head]);
-    let setting = |node: &Node, name: &str, default: i64| -> Result<i64> { Ok(node.int(name)?.unwrap_or(default)) };
+    let setting =
+        |node: &Node, name: &str, default: i64| -> Result<i64> { Ok(node.int(name)?.unwrap_or(default)) };
     let same_layout = setting(look, "bits", 4)? == setting(multiply, "bits", 4)?
         && setting(look, "block_size", 128)? == setting(multiply, "block_size", 32)?;
     let pairs = [(0, 1), (2, 2), (3, 3)];
     for (a, b) in pairs {
         let (a, b) = (look.input(a), multiply.input(b));
-        let same = match (a.and_then(|name| constants.get(name)), b.and_then(|name| constants.get(name))) {
+        let same = match (
+            a.and_then(|name| constants.get(name)),
+            b.and_then(|name| constants.get(name)),
+        ) {
             (Some(a), Some(b)) => a.dtype() == b.dtype() && a.bytes()? == b.bytes()?,
             _ => a.is_none() && b.is_none(),
         };
@@ -105,8 +136,16 @@ fn tie_integers(graph: &mut Graph, embed: usize, head: usize) -> Result<bool> {
             return Ok(false);
         }
     }
-    let Some(shape) = constants.get(multiply.inputs[1].as_str()).map(|tensor| tensor.shape().to_vec()) else { return Ok(false) };
-    let shared: Vec<String> = [0, 2, 3].iter().filter_map(|place| look.input(*place).map(str::to_owned)).collect();
+    let Some(shape) = constants
+        .get(multiply.inputs[1].as_str())
+        .map(|tensor| tensor.shape().to_vec())
+    else {
+        return Ok(false);
+    };
+    let shared: Vec<String> = [0, 2, 3]
+        .iter()
+        .filter_map(|place| look.input(*place).map(str::to_owned))
+        .collect();
     if multiply.inputs[1] == shared[0] {
         return Ok(false);
     }
@@ -120,11 +159,21 @@ fn tie_integers(graph: &mut Graph, embed: usize, head: usize) -> Result<bool> {
 }
 
 /// Puts a `Reshape` of `table` before the head; the name of its result.
-pub(super) fn reshape_for_head(graph: &mut Graph, head: usize, table: &str, shape: &[usize]) -> Result<String> {
+pub(super) fn reshape_for_head(
+    graph: &mut Graph,
+    head: usize,
+    table: &str,
+    shape: &[usize],
+) -> Result<String> {
     let mut names = FreshNames::new(graph);
-    let [name, value, sizes] = ["", "/output_0", "/shape"].map(|suffix| names.make(&format!("/lm_head/Reshape_tied{suffix}")));
+    let [name, value, sizes] =
+        ["", "/output_0", "/shape"].map(|suffix| names.make(&format!("/lm_head/Reshape_tied{suffix}")));
     let sizes_values: Vec<i64> = shape.iter().map(|size| *size as i64).collect();
-    graph.initializers.push(Tensor::ints(&sizes, [shape.len()], &sizes_values)?);
-    graph.nodes.insert(head, Node::new(name, "Reshape", &[table, &sizes], &[&value]));
+    graph
+        .initializers
+        .push(Tensor::ints(&sizes, [shape.len()], &sizes_values)?);
+    graph
+        .nodes
+        .insert(head, Node::new(name, "Reshape", &[table, &sizes], &[&value]));
     Ok(value)
 }

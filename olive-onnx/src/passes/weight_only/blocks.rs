@@ -31,7 +31,12 @@ impl Layout {
         }
         if self.block_size < 16 || !self.block_size.is_power_of_two() {
             let found = self.block_size.to_string();
-            return Err(Error::config(origin, "block_size", "a power of two, at least 16", found));
+            return Err(Error::config(
+                origin,
+                "block_size",
+                "a power of two, at least 16",
+                found,
+            ));
         }
         Ok(self)
     }
@@ -85,7 +90,13 @@ pub struct Lazy {
 impl Lazy {
     /// A weight `[K, N]` that is quantized along K with `transpose`, else one `[rows, cols]` along its rows.
     pub fn new(weight: Tensor, transpose: bool, layout: Layout, quantizer: Arc<dyn BlockQuantizer>) -> Self {
-        Self { weight, transpose, layout, quantizer, parts: Mutex::default() }
+        Self {
+            weight,
+            transpose,
+            layout,
+            quantizer,
+            parts: Mutex::default(),
+        }
     }
 
     /// The bytes of the integers (0), the scales (1) or the zero points (2).
@@ -93,7 +104,10 @@ impl Lazy {
     /// # Errors
     /// Those of the weight's bytes; [`Error::NotFinite`].
     pub fn part(&self, index: usize) -> Result<Vec<u8>> {
-        let mut parts = self.parts.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut parts = self
+            .parts
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(bytes) = parts[index].take() {
             return Ok(bytes);
         }
@@ -108,7 +122,10 @@ impl Lazy {
         let values = self.weight.to_f32()?;
         let wrong = values.iter().filter(|value| !value.is_finite()).count();
         if wrong > 0 {
-            return Err(Error::NotFinite { what: format!("tensor `{}`", self.weight.name), found: wrong });
+            return Err(Error::NotFinite {
+                what: format!("tensor `{}`", self.weight.name),
+                found: wrong,
+            });
         }
         let [first, second] = [self.weight.shape()[0], self.weight.shape()[1]];
         let (values, shape) = match self.transpose {
@@ -130,7 +147,10 @@ impl Lazy {
             Zeros::Float => floats(&integers.zeros),
             Zeros::Packed => {
                 let codes: Vec<u8> = integers.zeros.iter().map(|zero| *zero as u8).collect();
-                codes.chunks_exact(blocks).flat_map(|row| pack(row, bits)).collect()
+                codes
+                    .chunks_exact(blocks)
+                    .flat_map(|row| pack(row, bits))
+                    .collect()
             }
         };
         debug_assert_eq!(codes.len(), rows * blocks * block_size);
@@ -141,17 +161,25 @@ impl Lazy {
 /// `[rows, cols]` to `[cols, rows]`.
 pub fn transposed<T: Copy>(values: &[T], shape: [usize; 2]) -> Vec<T> {
     let [rows, cols] = shape;
-    (0..cols).flat_map(|col| (0..rows).map(move |row| values[row * cols + col])).collect()
+    (0..cols)
+        .flat_map(|col| (0..rows).map(move |row| values[row * cols + col]))
+        .collect()
 }
 
 /// Integers one a byte to `8 / bits` a byte, the first in the low bits.
 pub fn pack(codes: &[u8], bits: usize) -> Vec<u8> {
-    let in_byte = |part: &[u8]| part.iter().enumerate().fold(0, |byte, (i, code)| byte | (code << (bits * i)));
+    let in_byte = |part: &[u8]| {
+        part.iter()
+            .enumerate()
+            .fold(0, |byte, (i, code)| byte | (code << (bits * i)))
+    };
     codes.chunks(8 / bits).map(in_byte).collect()
 }
 
 /// The inverse of [`pack`]: `count` integers.
 pub fn unpack(bytes: &[u8], bits: usize, count: usize) -> Vec<u8> {
     let (in_byte, mask) = (8 / bits, ((1u16 << bits) - 1) as u8);
-    (0..count).map(|i| (bytes[i / in_byte] >> (bits * (i % in_byte))) & mask).collect()
+    (0..count)
+        .map(|i| (bytes[i / in_byte] >> (bits * (i % in_byte))) & mask)
+        .collect()
 }

@@ -20,11 +20,26 @@ use super::rtn::layout;
 use super::{Selection, quantize_model};
 
 const PARAMS: [ParamSpec; 10] = with_external_data([
-    param("block_size", ParamKind::Int, "128", "Inputs that share a scale: a power of two, at least 16."),
-    param("axis", ParamKind::OneOfInt(&[0]), "0", "The axis of a weight `[in, out]` along which blocks lie; only the inputs."),
+    param(
+        "block_size",
+        ParamKind::Int,
+        "128",
+        "Inputs that share a scale: a power of two, at least 16.",
+    ),
+    param(
+        "axis",
+        ParamKind::OneOfInt(&[0]),
+        "0",
+        "The axis of a weight `[in, out]` along which blocks lie; only the inputs.",
+    ),
     ACCURACY_LEVEL,
     NODES_TO_EXCLUDE,
-    param("nodes_to_include", ParamKind::TextList, "null", "Names of the only nodes to quantize."),
+    param(
+        "nodes_to_include",
+        ParamKind::TextList,
+        "null",
+        "Names of the only nodes to quantize.",
+    ),
 ]);
 
 /// The pass.
@@ -92,8 +107,9 @@ impl BlockQuantizer for Hqq {
         let mut best = 1e4;
         for _ in 0..ITERATIONS {
             let turn = padded.par_chunks_exact(size).zip(scales.par_iter().zip(&zeros));
-            let turn: Vec<(f32, f64)> =
-                turn.map(|(block, (scale, zero))| refine(block, *scale, *zero, layout.max(), beta as f32)).collect();
+            let turn: Vec<(f32, f64)> = turn
+                .map(|(block, (scale, zero))| refine(block, *scale, *zero, layout.max(), beta as f32))
+                .collect();
             let error = turn.iter().map(|(_, error)| error).sum::<f64>() / padded.len() as f64;
             zeros = turn.into_iter().map(|(zero, _)| zero).collect();
             beta *= BETA_GROWTH;
@@ -105,9 +121,15 @@ impl BlockQuantizer for Hqq {
         let grids = scales.par_iter().zip(&zeros).zip(padded.par_chunks_exact(size));
         let values = grids.flat_map_iter(|((scale, zero), block)| {
             let (scale, zero, most) = (*scale, *zero, layout.max());
-            block.iter().map(move |value| code(*value, scale, zero, most) as u8)
+            block
+                .iter()
+                .map(move |value| code(*value, scale, zero, most) as u8)
         });
-        Integers { values: values.collect(), scales: scales.iter().map(|scale| 1.0 / scale).collect(), zeros }
+        Integers {
+            values: values.collect(),
+            scales: scales.iter().map(|scale| 1.0 / scale).collect(),
+            zeros,
+        }
     }
 }
 

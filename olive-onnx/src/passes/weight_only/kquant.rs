@@ -24,7 +24,12 @@ use super::{Selection, quantize_model};
 
 const PARAMS: [ParamSpec; 10] = with_external_data([
     param("bits", ParamKind::OneOfInt(&[4, 8]), "4", "Bits of a weight."),
-    param("block_size", ParamKind::Int, "32", "Inputs that share a scale: a power of two, at least 16."),
+    param(
+        "block_size",
+        ParamKind::Int,
+        "32",
+        "Inputs that share a scale: a power of two, at least 16.",
+    ),
     ACCURACY_LEVEL,
     param(
         "customized_weight_config",
@@ -59,12 +64,20 @@ struct KQuantPass {
 }
 
 fn parse(origin: &str, config: &PassConfig) -> Result<Box<dyn GraphPass>> {
-    let given: Parameters = config
-        .parse(origin)
-        .map_err(|error| Error::config(origin, "customized_weight_config", "nodes with bits and group_size", error.to_string()))?;
+    let given: Parameters = config.parse(origin).map_err(|error| {
+        Error::config(
+            origin,
+            "customized_weight_config",
+            "nodes with bits and group_size",
+            error.to_string(),
+        )
+    })?;
     let mut overrides = HashMap::new();
     for (node, other) in given.customized_weight_config.unwrap_or_default() {
-        let (bits, block_size) = (other.bits.unwrap_or(given.bits), other.group_size.unwrap_or(given.block_size));
+        let (bits, block_size) = (
+            other.bits.unwrap_or(given.bits),
+            other.group_size.unwrap_or(given.block_size),
+        );
         overrides.insert(node, layout(origin, bits, block_size)?);
     }
     let selection = Selection {
@@ -125,7 +138,9 @@ fn search(x: &[f32], most: f32) -> (f32, f32) {
     let inverse = most / (max - min);
     let mut scale = 1.0 / inverse;
     let levels = |inverse: f32, min: f32| -> Vec<f32> {
-        x.iter().map(|value| (inverse * (value - min)).round_ties_even().clamp(0.0, most)).collect()
+        x.iter()
+            .map(|value| (inverse * (value - min)).round_ties_even().clamp(0.0, most))
+            .collect()
     };
     let error = |l: &[f32], scale: f32, min: f32| {
         sum(&|i| {

@@ -18,12 +18,32 @@ use super::{Selection, quantize_model};
 
 const PARAMS: [ParamSpec; 12] = with_external_data([
     param("bits", ParamKind::OneOfInt(&[4, 8]), "4", "Bits of a weight."),
-    param("block_size", ParamKind::Int, "128", "Inputs that share a scale: a power of two, at least 16."),
-    param("axis", ParamKind::OneOfInt(&[0]), "0", "The axis of a weight `[in, out]` along which blocks lie; only the inputs."),
-    param("is_symmetric", ParamKind::Bool, "true", "Whether blocks have no zero point of their own."),
+    param(
+        "block_size",
+        ParamKind::Int,
+        "128",
+        "Inputs that share a scale: a power of two, at least 16.",
+    ),
+    param(
+        "axis",
+        ParamKind::OneOfInt(&[0]),
+        "0",
+        "The axis of a weight `[in, out]` along which blocks lie; only the inputs.",
+    ),
+    param(
+        "is_symmetric",
+        ParamKind::Bool,
+        "true",
+        "Whether blocks have no zero point of their own.",
+    ),
     ACCURACY_LEVEL,
     NODES_TO_EXCLUDE,
-    param("nodes_to_include", ParamKind::TextList, "null", "Names of the only nodes to quantize."),
+    param(
+        "nodes_to_include",
+        ParamKind::TextList,
+        "null",
+        "Names of the only nodes to quantize.",
+    ),
 ]);
 
 /// The pass.
@@ -54,19 +74,30 @@ fn parse(origin: &str, config: &PassConfig) -> Result<Box<dyn GraphPass>> {
         accuracy_level: given.accuracy_level,
         gathers: true,
     };
-    Ok(Box::new(RtnPass { symmetric: given.is_symmetric, selection }))
+    Ok(Box::new(RtnPass {
+        symmetric: given.is_symmetric,
+        selection,
+    }))
 }
 
 /// A checked layout.
 pub(super) fn layout(origin: &str, bits: usize, block_size: i64) -> Result<Layout> {
-    let block_size = usize::try_from(block_size)
-        .map_err(|_| Error::config(origin, "block_size", "a power of two, at least 16", block_size.to_string()))?;
+    let block_size = usize::try_from(block_size).map_err(|_| {
+        Error::config(
+            origin,
+            "block_size",
+            "a power of two, at least 16",
+            block_size.to_string(),
+        )
+    })?;
     Layout { bits, block_size }.check(origin)
 }
 
 impl GraphPass for RtnPass {
     fn apply(&self, draft: &mut Draft) -> Result<bool> {
-        let quantizer: Arc<dyn BlockQuantizer> = Arc::new(Rtn { symmetric: self.symmetric });
+        let quantizer: Arc<dyn BlockQuantizer> = Arc::new(Rtn {
+            symmetric: self.symmetric,
+        });
         quantize_model(&mut draft.model, &quantizer, &self.selection)
     }
 }
@@ -79,12 +110,20 @@ pub struct Rtn {
 
 impl BlockQuantizer for Rtn {
     fn zeros(&self) -> Zeros {
-        if self.symmetric { Zeros::Middle } else { Zeros::Packed }
+        if self.symmetric {
+            Zeros::Middle
+        } else {
+            Zeros::Packed
+        }
     }
 
     fn quantize(&self, weight: &[f32], shape: [usize; 2], layout: Layout) -> Integers {
         by_block(weight, shape, layout, |block, codes| {
-            let (scale, zero) = if self.symmetric { symmetric(block, layout) } else { asymmetric(block, layout) };
+            let (scale, zero) = if self.symmetric {
+                symmetric(block, layout)
+            } else {
+                asymmetric(block, layout)
+            };
             let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
             for (code, value) in codes.iter_mut().zip(block) {
                 *code = (value * inverse + zero).round().clamp(0.0, layout.max()) as u8;
@@ -104,10 +143,18 @@ pub(super) fn by_block(
     let [rows, cols] = shape;
     let blocks = cols.div_ceil(layout.block_size);
     let width = blocks * layout.block_size;
-    let mut out =
-        Integers { values: vec![0; rows * width], scales: vec![0.0; rows * blocks], zeros: vec![0.0; rows * blocks] };
-    let lines = out.values.par_chunks_exact_mut(width).zip(out.scales.par_chunks_exact_mut(blocks));
-    let lines = lines.zip(out.zeros.par_chunks_exact_mut(blocks)).zip(weight.par_chunks_exact(cols));
+    let mut out = Integers {
+        values: vec![0; rows * width],
+        scales: vec![0.0; rows * blocks],
+        zeros: vec![0.0; rows * blocks],
+    };
+    let lines = out
+        .values
+        .par_chunks_exact_mut(width)
+        .zip(out.scales.par_chunks_exact_mut(blocks));
+    let lines = lines
+        .zip(out.zeros.par_chunks_exact_mut(blocks))
+        .zip(weight.par_chunks_exact(cols));
     lines.for_each(|(((codes, scales), zeros), row)| {
         for (index, block) in row.chunks(layout.block_size).enumerate() {
             let codes = &mut codes[index * layout.block_size..];
@@ -128,7 +175,11 @@ fn asymmetric(block: &[f32], layout: Layout) -> (f32, f32) {
     let (min, max) = extremes(block);
     let (min, max) = (min.min(0.0), max.max(0.0));
     let scale = (max - min) / layout.max();
-    let zero = if scale == 0.0 { 0.0 } else { (-min / scale).round().clamp(0.0, layout.max()) };
+    let zero = if scale == 0.0 {
+        0.0
+    } else {
+        (-min / scale).round().clamp(0.0, layout.max())
+    };
     (scale, zero)
 }
 

@@ -1,13 +1,15 @@
 use super::blocks::{BlockQuantizer, Integers, Layout};
 use super::hqq::Hqq;
-use super::rtn::Rtn;
 use super::kquant::KQuant;
+use super::rtn::Rtn;
 use super::*;
 use crate::ir::ValueInfo;
 use crate::passes::Draft;
 
 fn weights(count: usize) -> Vec<f32> {
-    (0..count).map(|i| ((i * 7919 % 1013) as f32 - 500.0) / 300.0).collect()
+    (0..count)
+        .map(|i| ((i * 7919 % 1013) as f32 - 500.0) / 300.0)
+        .collect()
 }
 
 fn model() -> Model {
@@ -37,7 +39,10 @@ fn model() -> Model {
     };
     Model {
         ir_version: 10,
-        opsets: vec![crate::ir::Opset { domain: String::new(), version: 21 }],
+        opsets: vec![crate::ir::Opset {
+            domain: String::new(),
+            version: 21,
+        }],
         producer_name: String::new(),
         producer_version: String::new(),
         metadata: vec![],
@@ -53,19 +58,29 @@ fn dequantized(got: &Integers, cols: usize, layout: Layout) -> Vec<f32> {
         let block = row * blocks + col / layout.block_size;
         (f32::from(got.values[row * width + col]) - got.zeros[block]) * got.scales[block]
     };
-    (0..rows).flat_map(|row| (0..cols).map(move |col| value(row, col))).collect()
+    (0..rows)
+        .flat_map(|row| (0..cols).map(move |col| value(row, col)))
+        .collect()
 }
 
 #[test]
 fn nodes_that_share_a_weight_share_what_it_becomes_and_a_second_run_changes_nothing() {
-    for name in ["OnnxBlockWiseRtnQuantization", "OnnxKQuantQuantization", "OnnxHqqQuantization"] {
+    for name in [
+        "OnnxBlockWiseRtnQuantization",
+        "OnnxKQuantQuantization",
+        "OnnxHqqQuantization",
+    ] {
         let pass = crate::passes::find(name).unwrap();
         let given = serde_json::json!({"block_size": 16, "accuracy_level": 4});
         let configured = pass.configure(given.as_object().unwrap()).unwrap();
         let mut draft = Draft::of(model());
         assert!(pass.apply(configured.as_ref(), &mut draft).unwrap().changed);
         let graph = &draft.model.graph;
-        let quantized: Vec<&Node> = graph.nodes.iter().filter(|node| node.op_type == "MatMulNBits").collect();
+        let quantized: Vec<&Node> = graph
+            .nodes
+            .iter()
+            .filter(|node| node.op_type == "MatMulNBits")
+            .collect();
         assert_eq!(quantized.len(), 2);
         assert_eq!(quantized[0].inputs[1..], quantized[1].inputs[1..]);
         assert_eq!(quantized[0].name, "a_Q4");
@@ -91,12 +106,28 @@ fn names_choose_the_nodes() {
         let configured = pass.configure(given.as_object().unwrap()).unwrap();
         let mut draft = Draft::of(model());
         pass.apply(configured.as_ref(), &mut draft).unwrap();
-        draft.model.graph.nodes.iter().filter(|node| node.domain == MICROSOFT).count()
+        draft
+            .model
+            .graph
+            .nodes
+            .iter()
+            .filter(|node| node.domain == MICROSOFT)
+            .count()
     };
     assert_eq!(count(serde_json::json!({"block_size": 32})), 3);
-    assert_eq!(count(serde_json::json!({"block_size": 32, "nodes_to_exclude": ["a", "em*"]})), 1);
-    assert_eq!(count(serde_json::json!({"block_size": 32, "nodes_to_include": ["b"]})), 1);
-    for wrong in [serde_json::json!({"bits": 3}), serde_json::json!({"block_size": 24}), serde_json::json!({"axis": 1})] {
+    assert_eq!(
+        count(serde_json::json!({"block_size": 32, "nodes_to_exclude": ["a", "em*"]})),
+        1
+    );
+    assert_eq!(
+        count(serde_json::json!({"block_size": 32, "nodes_to_include": ["b"]})),
+        1
+    );
+    for wrong in [
+        serde_json::json!({"bits": 3}),
+        serde_json::json!({"block_size": 24}),
+        serde_json::json!({"axis": 1}),
+    ] {
         assert!(pass.configure(wrong.as_object().unwrap()).is_err());
     }
 }
@@ -107,7 +138,12 @@ fn each_search_is_at_least_as_near_as_rounding() {
     let weight = weights(rows * cols);
     let error = |quantizer: &dyn BlockQuantizer, layout: Layout| {
         let back = dequantized(&quantizer.quantize(&weight, [rows, cols], layout), cols, layout);
-        weight.iter().zip(&back).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt()
+        weight
+            .iter()
+            .zip(&back)
+            .map(|(a, b)| f64::from(a - b).powi(2))
+            .sum::<f64>()
+            .sqrt()
     };
     for bits in [4, 8] {
         let layout = Layout { bits, block_size: 32 };
@@ -120,12 +156,23 @@ fn each_search_is_at_least_as_near_as_rounding() {
 
 #[test]
 fn constant_blocks_are_kept() {
-    let layout = Layout { bits: 4, block_size: 16 };
+    let layout = Layout {
+        bits: 4,
+        block_size: 16,
+    };
     for value in [0.0f32, 0.3, -0.7] {
         let weight = vec![value; 32];
-        for quantizer in [&Rtn { symmetric: false } as &dyn BlockQuantizer, &Rtn { symmetric: true }, &KQuant, &Hqq] {
+        for quantizer in [
+            &Rtn { symmetric: false } as &dyn BlockQuantizer,
+            &Rtn { symmetric: true },
+            &KQuant,
+            &Hqq,
+        ] {
             let back = dequantized(&quantizer.quantize(&weight, [2, 16], layout), 16, layout);
-            assert!(back.iter().all(|found| (found - value).abs() < 1e-6), "{value}: {back:?}");
+            assert!(
+                back.iter().all(|found| (found - value).abs() < 1e-6),
+                "{value}: {back:?}"
+            );
         }
     }
 }
@@ -133,10 +180,16 @@ fn constant_blocks_are_kept() {
 #[test]
 fn the_number_of_threads_changes_nothing() {
     let weight = weights(16 * 96);
-    let layout = Layout { bits: 4, block_size: 32 };
+    let layout = Layout {
+        bits: 4,
+        block_size: 32,
+    };
     for quantizer in [&Hqq as &dyn BlockQuantizer, &KQuant] {
         let run = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
             let got = pool.install(|| quantizer.quantize(&weight, [16, 96], layout));
             (got.values, got.scales, got.zeros)
         };

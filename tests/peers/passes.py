@@ -122,6 +122,103 @@ def compare(apply_pass, folder, out, case, before, tokens):
     return text, good
 
 
+def folder_with(source, target, change):
+    """A copy of a model folder whose graph `change` has changed."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.is_file() and file.name not in ("model.onnx", "model.onnx.data", "adapter_weights.onnx_adapter"):
+            (target / file.name).write_bytes(file.read_bytes())
+    model = onnx.load(str(source / "model.onnx"))
+    change(model.graph)
+    onnx.save(model, str(target / "model.onnx"))
+    return target
+
+
+def tie(graph):
+    """Lets the head hold the embedding."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    table = onnx.numpy_helper.to_array(constants["model.embed_tokens.weight"])
+    head = constants["lm_head.MatMul.weight"]
+    head.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(table.T), head.name))
+
+
+def bake(parameters):
+    """Puts an adapter's weights into the graph as constants."""
+
+    def change(graph):
+        for entries in (graph.input, graph.initializer):
+            kept = [entry for entry in entries if entry.name not in parameters]
+            del entries[:]
+            entries.extend(kept)
+        graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in parameters.items())
+
+    return change
+
+
+class Chain:
+    """Passes one after the other, each held against the one before."""
+
+    def __init__(self, apply_pass, base, tokens):
+        self.apply_pass, self.base, self.tokens, self.bad = apply_pass, base, tokens, 0
+
+    def step(self, label, folder, name, parameters, tolerance, smaller=False):
+        out = self.base / label
+        before = logits(folder, self.tokens)
+        text, good = compare(self.apply_pass, folder, out, (name, parameters, tolerance), before, self.tokens)
+        good &= text.startswith("changed true")
+        if good and smaller:
+            sizes = [(path / "model.onnx.data").stat().st_size for path in (folder, out)]
+            text += f" {sizes[0]} to {sizes[1]} bytes"
+            good &= sizes[1] < sizes[0]
+        self.report(good, label, name, text)
+        return out
+
+    def report(self, good, label, name, text):
+        self.bad += not good
+        print(f"{'ok  ' if good else 'BAD '} {label:24} {name:30} {text}", flush=True)
+
+
+def check_tied(chain, folder, scratch):
+    """Embedding and head of one table: tied as floats and as integers, and shared in 8 bits."""
+    tied = folder_with(folder, scratch / "tied", tie)
+    tying = {"surgeries": [{"surgeon": "TieWordEmbeddings"}]}
+    # The copy has its constants inside; written by a pass, they are in a data file.
+    tied = chain.step("tied", tied, "AddOliveMetadata", {"graph_name": "tied"}, EXACT)
+    chain.step("tied-float", tied, "GraphSurgeries", tying, EXACT, smaller=True)
+    for bits in (4, 8):
+        packed = chain.step(f"tied-q{bits}", tied, "OnnxBlockWiseRtnQuantization", {"bits": bits, "block_size": 32}, INT4)
+        chain.step(f"tied-q{bits}-shared", packed, "GraphSurgeries", tying, EXACT, smaller=True)
+    head = {"block_size": 32, "nodes_to_exclude": ["/model/embed_tokens/Gather"]}
+    packed = chain.step("tied-head", tied, "OnnxBlockWiseRtnQuantization", head, INT4)
+    sharing = {"surgeries": [{"surgeon": "QuantizeEmbeddingInt8"}, {"surgeon": "ShareEmbeddingLmHead"}]}
+    chain.step("tied-head-shared", packed, "GraphSurgeries", sharing, INT4, smaller=True)
+
+
+def check_adapter(chain, folder, base_folder, scratch):
+    """Constant LoRA weights: extracted, the graph is the base without the adapter, and what it was with it."""
+    adapter = onnxruntime.AdapterFormat.read_adapter(str(folder / "adapter_weights.onnx_adapter"))
+    parameters = {name: value.numpy() for name, value in adapter.get_parameters().items()}
+    baked = folder_with(folder, scratch / "baked", bake(parameters))
+    base = logits(base_folder, chain.tokens)
+    packed = chain.step("baked-q4", baked, "OnnxBlockWiseRtnQuantization", {"block_size": 32}, INT4)
+    for label, source, tolerance in (("baked", baked, EXACT), ("baked-q4", packed, EXACT)):
+        out = chain.base / f"{label}-extracted"
+        subprocess.run([chain.apply_pass, "ExtractAdapters", "{}", str(source), str(out)], check=True, capture_output=True)
+        model = session(out / "model.onnx")
+        config = json.loads((out / "genai_config.json").read_text())["model"]["decoder"]
+        ids = np.asarray([chain.tokens])
+        given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "head_size": config["head_size"]}
+        lora = onnxruntime.LoraAdapter()
+        lora.Load(str(out / "adapter_weights.onnx_adapter"))
+        options = onnxruntime.RunOptions()
+        options.add_active_adapter(lora)
+        active = model.run(["logits"], feed(model, given), options)[0].astype(np.float64)
+        reference = logits(source, chain.tokens)
+        relative = float(np.sqrt(((active - reference) ** 2).sum() / (reference**2).sum()))
+        inactive = float(np.abs(logits(out, chain.tokens) - base).max()) if label == "baked" else 0.0
+        chain.report(relative <= tolerance and inactive == 0.0, label, "ExtractAdapters", f"active {relative:.2e} inactive {inactive:.2e}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("apply_pass")
@@ -143,6 +240,14 @@ def main():
             bad += not good
             shown = json.dumps(case[1])
             print(f"{'ok  ' if good else 'BAD '} {label:24} {case[0]:30} {text}  {shown[:90]}", flush=True)
+        chain = Chain(arguments.apply_pass, base / f"{label.replace('/', '-')}-chains", tokens)
+        names = {tensor.name for tensor in onnx.load(str(folder / "model.onnx"), load_external_data=False).graph.initializer}
+        if {"model.embed_tokens.weight", "lm_head.MatMul.weight"} <= names and not (folder / "adapter_weights.onnx_adapter").exists():
+            check_tied(chain, folder, Path(scratch.name) / label)
+        base_folder = folder.with_name(folder.name.removesuffix("-adapters"))
+        if (folder / "adapter_weights.onnx_adapter").exists() and base_folder != folder and base_folder.exists():
+            check_adapter(chain, folder, base_folder, Path(scratch.name) / label)
+        bad += chain.bad
     print(f"{bad} bad")
     return 1 if bad else 0
 

@@ -6,9 +6,10 @@
 //! `s` and `r`, and replaces both if the error falls. At the end `zero = clip(round(-r / s))`,
 //! `q = clip(round(x / s + zero))`, the last in `f64`. Halves round to even; the range is not extended to zero.
 //!
-//! Sums are taken in the order of NumPy's pairwise summation, so that results agree bit for bit. Two deviations: a
-//! short last block is padded with zeros by the reference too, but a block of one value that is not zero, which the
-//! reference rounds at scale 1, is kept exactly.
+//! Sums are taken in the order of NumPy's pairwise summation: blocks of 16 and 32 get the reference's very bits; in
+//! larger ones its order depends on the processor, and scales may differ in the last bit. A short last block is padded
+//! with zeros, as in the reference. One deviation: a block of one value that is not zero, which the reference rounds at
+//! scale 1, is kept exactly.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -11,6 +11,7 @@
 
 mod attention;
 mod embedding;
+mod extra_options;
 mod graph;
 mod head;
 mod linear;
@@ -24,7 +25,7 @@ mod rope;
 mod weights;
 
 pub use lora::{LORA_RANK, LoraInput, LoraTargets};
-pub use options::{BuilderOptions, Precision};
+pub use options::{Algorithm, BuilderOptions, Precision, Provider};
 pub use quantize::{BlockQuantized, quantize_blocks};
 
 use olive_core::{Error, HfModel, ModelSpec, Result};
@@ -48,6 +49,7 @@ pub fn build_graph(source: &Arc<HfModel>, options: &BuilderOptions, lora: &LoraT
     use olive_core::ModelHandle;
     let spec = source.spec();
     options.check()?;
+    check_built(options)?;
     source.check_tensors()?;
     check_sizes(spec, options)?;
     lora.check(spec)?;
@@ -83,6 +85,24 @@ pub fn build_graph(source: &Arc<HfModel>, options: &BuilderOptions, lora: &LoraT
     };
     model.graph.check()?;
     Ok(model)
+}
+
+/// Options whose graphs are not built yet are refused.
+fn check_built(options: &BuilderOptions) -> Result<()> {
+    let plain = BuilderOptions {
+        block_size: options.block_size,
+        is_symmetric: options.is_symmetric,
+        accuracy_level: options.accuracy_level,
+        search: options.search.clone(),
+        ..BuilderOptions::with_precision(options.precision)
+    };
+    if &plain != options || !matches!(options.precision, Precision::Fp32 | Precision::Int4) {
+        return Err(Error::unsupported(
+            format!("a graph with {options:?}"),
+            "fp32 and int4 graphs for the CPU are built",
+        ));
+    }
+    Ok(())
 }
 
 fn opset(domain: &str, version: i64) -> Opset {

@@ -23,7 +23,8 @@ pub mod package;
 pub mod passes;
 pub mod serde;
 
-pub use build::{BuilderOptions, Precision};
+pub use build::{Algorithm, BuilderOptions, Precision, Provider};
 pub use error::GraphError;
 pub use model::{OnnxFolder, OnnxModel};
 pub use package::{BuildPlan, BuildReport, build_model_folder, plan_model_folder};
+pub use passes::register_passes;

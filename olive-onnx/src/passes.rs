@@ -17,6 +17,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use olive_core::workflow::registry::PassRegistry;
 use olive_core::{
     CancelToken, Error, ModelHandle, ModelKind, NoProgress, ParamSpec, Pass, PassConfig, PassContext,
     Progress, Result,
@@ -31,6 +32,7 @@ pub mod types;
 
 mod add_metadata;
 mod capture_split;
+mod conversion;
 mod dynamic_quantization;
 mod extract_adapters;
 mod fixed_shape;
@@ -44,6 +46,7 @@ mod surgery;
 mod weight_only;
 
 pub use capture_split::CaptureSplitInfo;
+pub use conversion::OnnxConversion;
 pub use draft::Draft;
 pub use model_builder::ModelBuilder;
 pub use surgery::SURGEONS;
@@ -67,6 +70,7 @@ pub struct Report {
 type Parse = fn(&str, &PassConfig) -> Result<Box<dyn GraphPass>>;
 
 /// A pass from ONNX to ONNX, before its parameters are known.
+#[derive(Clone, Copy)]
 pub struct OnnxPass {
     name: &'static str,
     params: &'static [ParamSpec],
@@ -216,6 +220,16 @@ pub static ONNX_PASSES: &[OnnxPass] = &[
     peephole::PASS,
     split::PASS,
 ];
+
+/// Adds every pass of this crate: the builder, the export by it, the notes on splits, and those from ONNX to ONNX.
+pub fn register_passes(registry: &mut PassRegistry) {
+    registry.register(Box::new(ModelBuilder));
+    registry.register(Box::new(OnnxConversion));
+    registry.register(Box::new(CaptureSplitInfo::default()));
+    for pass in ONNX_PASSES {
+        registry.register(Box::new(*pass));
+    }
+}
 
 /// The pass of this name, compared without case.
 ///

@@ -226,10 +226,7 @@ impl Job<'_> {
 
     /// The run as a workflow file of Olive.
     fn workflow(&self) -> Value {
-        let precision = match self.options.precision {
-            Stored::Fp32 => "fp32",
-            Stored::Int4 => "int4",
-        };
+        let precision = self.options.precision.name();
         let mut input = json!({"type": "HfModel", "model_path": self.model.model_name_or_path});
         let mut passes = json!({"builder": {"type": "ModelBuilder", "precision": precision}});
         if let Some(adapter) = self.adapter {

@@ -58,7 +58,7 @@ impl Builder<'_> {
         let out_features = linear.stored.out_features();
         let own = format!("{path}/MatMul/output_0");
         match (self.weights.kind(&linear.stored), self.options.precision) {
-            (Kind::Dense, Precision::Fp32) => {
+            (Kind::Dense, Precision::Fp32 | Precision::Fp16 | Precision::Bf16) => {
                 let weight = format!("{name}.MatMul.weight");
                 let tensor = self.weights.transposed(&weight, &linear.stored)?;
                 self.initializer(tensor);
@@ -70,7 +70,7 @@ impl Builder<'_> {
                 );
                 Ok(self.hidden(node, out_features))
             }
-            (Kind::Dense, Precision::Int4) => {
+            (Kind::Dense, Precision::Int4 | Precision::Int8) => {
                 let blocks = self.weights.quantized(&linear.stored, self.options);
                 let (rows, count) = (blocks.rows, blocks.blocks);
                 let mut inputs = vec![input.to_owned()];

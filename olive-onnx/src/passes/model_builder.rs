@@ -1,15 +1,15 @@
-//! `ModelBuilder`: from a checkpoint to a model folder, with Olive's parameters. Those that ask for what the CPU graph
-//! does not have are refused by name.
+//! `ModelBuilder`: from a checkpoint to a model folder, with Olive's parameters and the extra options of
+//! onnxruntime-genai's builder.
 
 use std::sync::Arc;
 
 use olive_core::{
     Error, ModelHandle, ModelKind, ParamKind, ParamSpec, Pass, PassConfig, PassContext, Result,
 };
-use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
-use crate::build::{BuilderOptions, Precision};
+use super::params::{param, searched};
+use crate::build::{BuilderOptions, Precision, Provider};
 use crate::model::OnnxModel;
 use crate::package::{build_model_folder, plan_model_folder};
 
@@ -21,32 +21,24 @@ const NAME: &str = "ModelBuilder";
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ModelBuilder;
 
-const fn param(name: &'static str, kind: ParamKind, default: &'static str, doc: &'static str) -> ParamSpec {
-    ParamSpec {
-        name,
-        kind,
-        default: Some(default),
-        doc,
-        search: &[],
-    }
-}
-
-const fn searched(spec: ParamSpec, search: &'static [&'static str]) -> ParamSpec {
-    ParamSpec { search, ..spec }
-}
-
 const PARAMS: &[ParamSpec] = &[
     param(
         "precision",
-        ParamKind::OneOf(&["fp32", "int4"]),
+        ParamKind::OneOf(&Precision::NAMES),
         "\"fp32\"",
-        "Precision of the linears.",
+        "Precision of the linears and of the values between them.",
+    ),
+    param(
+        "execution_provider",
+        ParamKind::Text,
+        "\"cpu\"",
+        "What the graph is for: cpu, cuda, dml or webgpu, or ONNX Runtime's name of one. A workflow sets its own target.",
     ),
     param(
         "metadata_only",
         ParamKind::Bool,
         "false",
-        "Write the runtime's config without a graph; refused if true.",
+        "Write the runtime's config and the tokenizer without a graph.",
     ),
     param(
         "search",
@@ -74,7 +66,7 @@ const PARAMS: &[ParamSpec] = &[
             "int4_is_symmetric",
             ParamKind::Bool,
             "null",
-            "Whether every zero point is 8.",
+            "Whether every zero point is the middle.",
         ),
         &["true", "false"],
     ),
@@ -82,142 +74,148 @@ const PARAMS: &[ParamSpec] = &[
         "int4_op_types_to_quantize",
         ParamKind::TextList,
         "null",
-        "Operators to quantize; `MatMul` is the only one.",
+        "Operators to quantize: MatMul, Gather.",
     ),
     param(
         "int4_nodes_to_exclude",
         ParamKind::TextList,
         "null",
-        "Nodes to keep in float; refused if any.",
+        "Nodes to keep in float, by name.",
     ),
     param(
         "int4_algo_config",
-        ParamKind::OneOf(&["default"]),
+        ParamKind::OneOf(&[
+            "default",
+            "rtn",
+            "rtn_last",
+            "k_quant",
+            "k_quant_last",
+            "k_quant_mixed",
+            "k_quant_linear",
+        ]),
         "null",
-        "How blocks are rounded.",
+        "How blocks are rounded, and which linears get 8 bits.",
     ),
     param(
         "use_qdq",
         ParamKind::Bool,
         "null",
-        "Quantize and dequantize nodes; refused if true.",
+        "DequantizeLinear and MatMul in place of MatMulNBits.",
     ),
     param(
         "use_8bits_moe",
         ParamKind::Bool,
         "null",
-        "8-bit experts; refused if true.",
+        "8-bit experts; without effect, no model here has experts.",
     ),
     param(
         "use_webgpu_fp32",
         ParamKind::Bool,
         "null",
-        "For WebGPU; refused if true.",
+        "Floats of 32 bits on WebGPU.",
     ),
     param(
         "use_cuda_bf16",
         ParamKind::Bool,
         "null",
-        "For CUDA; refused if true.",
+        "bf16 in a quantized graph for CUDA.",
     ),
     param(
         "include_hidden_states",
         ParamKind::Bool,
         "null",
-        "Hidden states as an output; refused if true.",
+        "Hidden states as an output beside the logits.",
     ),
     param(
         "exclude_embeds",
         ParamKind::Bool,
         "null",
-        "A graph without embedding; refused if true.",
+        "A graph without embedding, which takes inputs_embeds.",
     ),
     param(
         "exclude_lm_head",
         ParamKind::Bool,
         "null",
-        "A graph without head; refused if true.",
+        "A graph without head, which gives hidden_states.",
     ),
     param(
         "enable_cuda_graph",
         ParamKind::Bool,
         "null",
-        "For CUDA; refused if true.",
+        "Let the runtime capture CUDA graphs.",
     ),
     param(
         "extra_options",
         ParamKind::Object,
         "null",
-        "Further options by name; refused if any.",
+        "Further options of onnxruntime-genai's builder, by name.",
     ),
 ];
 
-#[derive(Deserialize)]
-struct Values {
-    precision: String,
-    search: Option<Map<String, Value>>,
-    int4_accuracy_level: Option<i64>,
-    int4_block_size: Option<usize>,
-    int4_is_symmetric: Option<bool>,
-    int4_op_types_to_quantize: Option<Vec<String>>,
-}
-
-/// Parameters that are refused unless they are off.
-const REFUSED: &[&str] = &[
-    "metadata_only",
-    "int4_nodes_to_exclude",
-    "use_qdq",
-    "use_8bits_moe",
-    "use_webgpu_fp32",
-    "use_cuda_bf16",
-    "include_hidden_states",
-    "exclude_embeds",
-    "exclude_lm_head",
-    "enable_cuda_graph",
-    "extra_options",
-];
-
-fn options(config: &PassConfig) -> Result<BuilderOptions> {
+/// The options that parameters ask for.
+pub(super) fn options(config: &PassConfig) -> Result<BuilderOptions> {
     let origin = format!("pass `{NAME}`");
-    for key in REFUSED {
-        let value = config.values().get(*key).unwrap_or(&Value::Null);
-        let off = match value {
-            Value::Null | Value::Bool(false) => true,
-            Value::Array(list) => list.is_empty(),
-            Value::Object(map) => map.is_empty(),
-            _ => false,
-        };
-        if !off {
-            let expected = "nothing; olive's builder makes whole graphs for the CPU";
-            return Err(Error::config(origin, *key, expected, value.to_string()));
+    let mut options = BuilderOptions::default();
+    let values = config.values();
+    let own = [
+        "precision",
+        "execution_provider",
+        "metadata_only",
+        "search",
+        "extra_options",
+    ];
+    for (key, value) in values.iter().filter(|(key, _)| !own.contains(&key.as_str())) {
+        options.set(key, value)?;
+    }
+    match values.get("extra_options").unwrap_or(&Value::Null) {
+        Value::Null => {}
+        Value::Object(extra) => {
+            for (key, value) in extra {
+                options.set(key, value)?;
+            }
+        }
+        other => {
+            let expected = "an object";
+            return Err(Error::config(
+                origin,
+                "extra_options",
+                expected,
+                other.to_string(),
+            ));
         }
     }
-    let values: Values = config.parse(&origin)?;
-    if let Some(types) = values
-        .int4_op_types_to_quantize
-        .filter(|types| types.iter().any(|kind| kind != "MatMul"))
-    {
-        let found = types.join(", ");
-        return Err(Error::config(
-            origin,
-            "int4_op_types_to_quantize",
-            "`MatMul` only",
-            found,
-        ));
+    let text = |key: &str| values.get(key).and_then(Value::as_str).unwrap_or_default();
+    if let Some(precision) = Precision::from_name(text("precision")) {
+        options.precision = precision;
     }
-    let defaults = BuilderOptions::default();
-    let options = BuilderOptions {
-        precision: match values.precision.as_str() {
-            "int4" => Precision::Int4,
-            _ => Precision::Fp32,
-        },
-        block_size: values.int4_block_size.unwrap_or(defaults.block_size),
-        is_symmetric: values.int4_is_symmetric.unwrap_or(defaults.is_symmetric),
-        accuracy_level: values.int4_accuracy_level,
-        search: values.search.unwrap_or_default(),
-    };
+    options.provider = provider(text("execution_provider"))?;
+    options.config_only |= values.get("metadata_only") == Some(&Value::Bool(true));
+    match values.get("search").unwrap_or(&Value::Null) {
+        Value::Null => {}
+        Value::Object(search) => options.search = search.clone(),
+        other => return Err(Error::config(origin, "search", "an object", other.to_string())),
+    }
     options.check()?;
     Ok(options)
+}
+
+/// The provider of this name. One of ONNX Runtime's that has no graphs of its own gets those for the CPU.
+fn provider(name: &str) -> Result<Provider> {
+    if let Some(provider) = Provider::from_name(name) {
+        return Ok(provider);
+    }
+    if name.to_ascii_lowercase().ends_with("executionprovider") {
+        tracing::warn!("{name} has no graph of its own; it gets the graph for the CPU");
+        return Ok(Provider::Cpu);
+    }
+    let expected = "cpu, cuda, dml, webgpu, or ONNX Runtime's name of a provider";
+    let origin = format!("pass `{NAME}`");
+    Err(Error::config(
+        origin,
+        "execution_provider",
+        expected,
+        format!("`{name}`"),
+    ))
 }
 
 impl Pass for ModelBuilder {
@@ -271,31 +269,34 @@ mod tests {
     fn olives_parameters_become_options() {
         assert_eq!(parse(json!({})).unwrap(), BuilderOptions::default());
         let given = json!({"precision": "INT4", "int4_block_size": 128, "int4_is_symmetric": false,
-            "int4_accuracy_level": 1, "use_qdq": false, "int4_op_types_to_quantize": ["MatMul"]});
+            "int4_accuracy_level": 1, "use_qdq": false, "int4_op_types_to_quantize": ["MatMul"],
+            "execution_provider": "CUDAExecutionProvider", "metadata_only": true,
+            "int4_nodes_to_exclude": ["/lm_head/MatMul"], "extra_options": {"prune_lm_head": "1"}});
         let options = parse(given).unwrap();
         assert_eq!((options.precision, options.block_size), (Precision::Int4, 128));
         assert_eq!((options.is_symmetric, options.accuracy_level), (false, Some(1)));
-        assert_eq!(
-            BuilderOptions::with_precision(Precision::Int4).effective_accuracy_level(),
-            4
-        );
+        assert_eq!((options.provider, options.config_only), (Provider::Cuda, true));
+        assert!(options.prune_lm_head && options.nodes_to_exclude.contains("/lm_head/MatMul"));
+        let other = parse(json!({"execution_provider": "QNNExecutionProvider"})).unwrap();
+        assert_eq!(other.provider, Provider::Cpu);
     }
 
     #[test]
     fn what_the_builder_does_not_do_is_refused_by_name() {
         for (key, value) in [
-            ("precision", json!("int8")),
-            ("metadata_only", json!(true)),
+            ("precision", json!("int3")),
             ("int4_block_size", json!(48)),
-            ("int4_algo_config", json!("k_quant_last")),
-            ("int4_nodes_to_exclude", json!(["/lm_head/MatMul"])),
-            ("int4_op_types_to_quantize", json!(["MatMul", "Gather"])),
-            ("use_qdq", json!(true)),
-            ("extra_options", json!({"fuse_qkv": false})),
+            ("int4_algo_config", json!("hqq")),
+            ("int4_op_types_to_quantize", json!(["MatMul", "Gemm"])),
+            ("execution_provider", json!("tpu")),
+            ("extra_options", json!(["fuse_qkv"])),
+            ("search", json!([])),
         ] {
             let error = parse(json!({key: value})).unwrap_err();
             assert!(error.to_string().contains(&format!("`{key}`")), "{error}");
             assert!(error.is_usage());
         }
+        let error = parse(json!({"extra_options": {"fuse_qvk": true}})).unwrap_err();
+        assert!(error.to_string().contains("fuse_qkv"), "{error}");
     }
 }

@@ -102,8 +102,8 @@ fn integers_zero_points_and_scales_are_those_of_the_checkpoint() {
             .find(|node| node.outputs[0] == "logits")
             .unwrap();
         let expected = match precision {
-            Precision::Fp32 => "MatMul",
-            Precision::Int4 => "MatMulNBits",
+            Precision::Fp32 | Precision::Fp16 | Precision::Bf16 => "MatMul",
+            Precision::Int4 | Precision::Int8 => "MatMulNBits",
         };
         assert_eq!(head.op_type, expected);
     }

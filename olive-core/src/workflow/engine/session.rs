@@ -106,7 +106,12 @@ impl<'a> Session<'a> {
         let pass = pass
             .ok_or_else(|| Error::unsupported(format!("the pass {}", planned.kind), "it is not built in"))?;
         let params = with_values(planned, values);
-        let taken = params_for(pass, passes::find(&planned.kind), &params, &mut self.notes)?;
+        let mut taken = params_for(pass, passes::find(&planned.kind), &params, &mut self.notes)?;
+        let asks = |key: &str| pass.params().iter().any(|spec| spec.name == key);
+        if asks("execution_provider") && !taken.contains_key("execution_provider") {
+            let provider = &self.pipeline.target.value.accelerator.provider;
+            taken.insert("execution_provider".to_owned(), provider.as_str().into());
+        }
         let origin = format!("{}: pass {}", self.plan.config.origin, pass.name());
         let config = PassConfig::new(&origin, pass.params(), &taken)?;
         let key = self.run_key(input, pass, planned, &config)?;

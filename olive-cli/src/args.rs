@@ -12,6 +12,7 @@ mod finetune;
 mod generate;
 mod model;
 mod quantize;
+mod run;
 mod search;
 
 use std::ffi::OsString;
@@ -19,7 +20,7 @@ use std::ffi::OsString;
 use clap::{CommandFactory, Parser, Subcommand};
 use serde_json::{Map, Value};
 
-pub use auto_opt::{AutoOptArgs, Device};
+pub use auto_opt::AutoOptArgs;
 pub use capture::CaptureArgs;
 pub use chat::ChatArgs;
 pub use convert_adapters::{AdapterDtype, AdapterFormat, ConvertAdaptersArgs};
@@ -28,8 +29,11 @@ pub use demo::DemoArgs;
 pub use evaluate::{EvaluateArgs, Metric};
 pub use finetune::{FinetuneArgs, Method, TorchDtype};
 pub use generate::GenerateArgs;
-pub use model::{CommonArgs, ConfigArgs, ModelArgs, NoEffectArgs, Precision};
+pub use model::{
+    AcceleratorArgs, AnyModelArgs, CommonArgs, ConfigArgs, Device, ModelArgs, NoEffectArgs, Precision,
+};
 pub use quantize::{Algorithm as QuantizeAlgorithm, QuantizeArgs};
+pub use run::{RunArgs, RunPassArgs};
 pub use search::SearchArgs;
 
 /// Quantize, fine-tune, convert and run language models.
@@ -50,6 +54,10 @@ pub struct Cli {
 /// One variant a command.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Run a workflow file.
+    Run(Box<RunArgs>),
+    /// Run one pass.
+    RunPass(Box<RunPassArgs>),
     /// Make the weights of a model 4 bits wide.
     Quantize(Box<QuantizeArgs>),
     /// Train a LoRA adapter; every other `--name value` is a field of Hugging Face's TrainingArguments.
@@ -76,6 +84,8 @@ impl Command {
     /// `--log_level` of the command.
     pub fn log_level(&self) -> u8 {
         match self {
+            Self::Run(args) => crate::command::run_log_level(args),
+            Self::RunPass(args) => args.common.log_level,
             Self::Quantize(args) => args.common.log_level,
             Self::Finetune(args) => args.common.log_level,
             Self::AutoOpt(args) => args.common.log_level,

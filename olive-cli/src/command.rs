@@ -6,8 +6,10 @@ mod evaluate;
 mod export;
 mod finetune;
 mod generate;
-mod notes;
+pub mod notes;
 mod quantize;
+mod run;
+mod run_pass;
 mod session;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +18,8 @@ use olive_core::{CancelToken, Error, HfModel, Progress, Result, hub};
 
 use crate::args::{Command, ModelArgs};
 use crate::demo;
+
+pub use run::log_level as run_log_level;
 
 /// Where a command says how far it is, and whether it should stop.
 #[derive(Clone, Copy)]
@@ -32,6 +36,8 @@ pub struct Context<'a> {
 /// Those of the library that does the work.
 pub fn run(command: &Command, context: &Context<'_>) -> Result<()> {
     match command {
+        Command::Run(args) => run::run(args, context),
+        Command::RunPass(args) => run_pass::run(args, context),
         Command::Quantize(args) => quantize::run(args, context),
         Command::Finetune(args) => finetune::run(args, context),
         Command::AutoOpt(args) => export::auto_opt(args, context),

@@ -10,6 +10,9 @@ mod interrupt;
 mod logging;
 mod output;
 mod progress;
+mod registry;
+mod report;
+mod workflow;
 
 use std::process::ExitCode;
 

@@ -17,6 +17,7 @@ mod layer;
 mod linear;
 mod norm;
 mod perplexity;
+mod score;
 mod sequence;
 
 pub use dropout::DropoutStream;
@@ -25,6 +26,7 @@ pub use layer::{DecoderLayer, LayerGradients, LayerTape, Observer};
 pub use linear::{BaseWeight, Linear, LinearTape, LowRank, LowRankGradient};
 pub use norm::RmsNorm;
 pub use perplexity::{Attachment, Perplexity, evaluate_perplexity};
+pub use score::score_samples;
 pub use sequence::{QueryBlock, SequenceTables};
 
 /// Burn's CPU backend in `f32`.

@@ -135,6 +135,14 @@ impl PythonRng {
         low | (high << 32)
     }
 
+    /// `shuffle(values)`.
+    pub fn shuffle<T>(&mut self, values: &mut [T]) {
+        for at in (1..values.len()).rev() {
+            let other = self.up_to(at as u64) as usize;
+            values.swap(at, other);
+        }
+    }
+
     /// `randint(0, high)`: both ends can be drawn.
     pub fn up_to(&mut self, high: u64) -> u64 {
         // CPython takes the bits of the number of choices, which for a power of two is one more than needed, and
@@ -225,5 +233,17 @@ mod tests {
                 assert_eq!(rng.up_to(pair[0].as_u64().unwrap()), pair[1].as_u64().unwrap());
             }
         }
+    }
+
+    #[test]
+    fn shuffles_are_cpythons() {
+        // `r = random.Random(seed); x = list(range(n)); r.shuffle(x)`.
+        let shuffled = |seed: i64, n: usize| {
+            let mut values: Vec<usize> = (0..n).collect();
+            PythonRng::new(seed).shuffle(&mut values);
+            values
+        };
+        assert_eq!(shuffled(7, 10), [8, 3, 1, 4, 7, 0, 9, 6, 2, 5]);
+        assert_eq!(shuffled(42, 8), [3, 4, 6, 7, 2, 5, 0, 1]);
     }
 }

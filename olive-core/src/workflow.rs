@@ -6,6 +6,7 @@
 //! | every reference is resolved, every parameter filled in | [`plan`] |
 //! | passes and evaluators are found by name | [`registry`] |
 //! | passes run, in order or by search; nothing runs twice | [`engine`], [`search`], [`cache`] |
+//! | data configs become samples | [`data`] |
 //! | what came of it is shown | [`report`] |
 //!
 //! ```no_run
@@ -34,6 +35,7 @@
 //! ```
 
 pub mod cache;
+pub mod data;
 pub mod engine;
 pub mod legacy;
 pub mod plan;

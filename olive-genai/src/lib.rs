@@ -20,6 +20,7 @@
 pub mod adapters;
 pub mod config;
 pub mod evaluate;
+pub mod evaluators;
 pub mod exec;
 pub mod generator;
 pub mod kernels;

@@ -2,18 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
-use super::{CommonArgs, ConfigArgs, ModelArgs, NoEffectArgs, Precision, parse_flag};
-
-/// The device that the model is made for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-#[value(rename_all = "lower")]
-pub enum Device {
-    Cpu,
-    Gpu,
-    Npu,
-}
+use super::{CommonArgs, ConfigArgs, Device, ModelArgs, NoEffectArgs, Precision, parse_flag};
 
 /// Flags of `olive auto-opt`.
 #[derive(Debug, Args)]

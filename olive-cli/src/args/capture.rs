@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::auto_opt::Device;
-use super::{CommonArgs, ConfigArgs, ModelArgs, NoEffectArgs, Precision, parse_flag};
+use super::{CommonArgs, ConfigArgs, Device, ModelArgs, NoEffectArgs, Precision, parse_flag};
 
 /// Flags of `olive capture-onnx-graph`.
 #[derive(Debug, Args)]

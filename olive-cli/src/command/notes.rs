@@ -5,7 +5,7 @@ use std::path::Path;
 use olive_core::{Error, Result, fsio};
 use serde_json::Value;
 
-use crate::args::{ConfigArgs, NoEffectArgs};
+use crate::args::{AnyModelArgs, ConfigArgs, NoEffectArgs};
 use crate::output;
 
 /// Refuses the first flag that was given.
@@ -20,6 +20,25 @@ pub fn refuse(flags: &[(&str, bool, &str)]) -> Result<()> {
             Err(Error::config("command line", *flag, expected, "it"))
         }
     }
+}
+
+/// Refuses models that are built by Python code, and random test models.
+///
+/// # Errors
+/// As [`refuse`].
+pub fn refuse_scripts(args: &AnyModelArgs) -> Result<()> {
+    const SCRIPT: &str = "models are read from their files; no code is run";
+    const TEST: &str = "there are no random test models";
+    if args.trust_remote_code {
+        tracing::debug!("--trust_remote_code has no effect: no code of a model is ever run");
+    }
+    refuse(&[
+        ("--model_script", args.model_script.is_some(), SCRIPT),
+        ("--script_dir", args.script_dir.is_some(), SCRIPT),
+        ("--test", args.test, TEST),
+        ("--test_metrics", !args.test_metrics.is_empty(), TEST),
+        ("--test_llama_path", args.test_llama_path.is_some(), TEST),
+    ])
 }
 
 /// Warns about flags that were given and change nothing.

@@ -228,7 +228,8 @@ fn parse_joiner(keys: &mut Keys<'_>, legacy: bool) -> Result<String> {
 }
 
 impl DataSource {
-    /// Reads `load_dataset_config`: `data_name`, `data_files` (a text, a list, or lists by split) and `split`.
+    /// Reads `load_dataset_config`: `data_name`, `data_files` (a text, a list, or lists by split), `split` and
+    /// `shuffle_seed`.
     ///
     /// # Errors
     /// [`Error::UnknownKey`], [`Error::Config`] or [`Error::Unsupported`], naming `origin` and the key.
@@ -237,6 +238,7 @@ impl DataSource {
             "data_name",
             "data_files",
             "split",
+            "shuffle_seed",
             "subset",
             "data_dir",
             "type",
@@ -278,7 +280,19 @@ impl DataSource {
             return keys.wrong("data_files", "the files to read", &found);
         };
         let files = files.iter().map(|file| folder.join(file)).collect();
-        Ok(Self { format, files, split })
+        let shuffle_seed = match keys.value("shuffle_seed").cloned() {
+            None => None,
+            Some(seed) => match seed.as_i64() {
+                Some(seed) => Some(seed),
+                None => return keys.wrong("shuffle_seed", "a whole number", &seed),
+            },
+        };
+        Ok(Self {
+            format,
+            files,
+            split,
+            shuffle_seed,
+        })
     }
 }
 

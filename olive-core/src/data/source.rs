@@ -9,6 +9,7 @@ use super::csv;
 use super::split::Split;
 use crate::error::{Error, Result};
 use crate::fsio;
+use crate::rng::PythonRng;
 
 /// How data files are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +49,8 @@ pub struct DataSource {
     pub files: Vec<PathBuf>,
     /// The part to use, in Hugging Face's notation: `train[:100]`, `train[80%:]`. `None` for all of it.
     pub split: Option<String>,
+    /// Shuffles the rows as Python's `random.Random(seed).shuffle` does, before the split takes its part.
+    pub shuffle_seed: Option<i64>,
 }
 
 /// A row of a data file.
@@ -75,6 +78,7 @@ impl DataSource {
             format,
             files: files.into_iter().map(Into::into).collect(),
             split: None,
+            shuffle_seed: None,
         }
     }
 
@@ -97,6 +101,9 @@ impl DataSource {
                     fields: Map::from_iter([("text".to_owned(), Value::from(line))]),
                 })),
             }
+        }
+        if let Some(seed) = self.shuffle_seed {
+            PythonRng::new(seed).shuffle(&mut rows);
         }
         if let Some(split) = &self.split {
             let split = Split::parse(split)?;

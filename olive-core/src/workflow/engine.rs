@@ -17,6 +17,7 @@ use self::session::{Node, Session};
 use super::plan::{Pipeline, Plan};
 use super::registry::{EvaluatorRegistry, ModelOpener, PassRegistry};
 use super::schema::Reference;
+use super::search::Objective;
 use crate::error::{Error, Result};
 use crate::progress::{CancelToken, Progress};
 
@@ -47,6 +48,10 @@ pub struct Outcome {
     pub model_id: String,
     /// What it measures.
     pub metrics: Metrics,
+    /// Everything that was run and measured.
+    pub footprint: Footprint,
+    /// What was made better, by priority.
+    pub objectives: Vec<Objective>,
     /// How many runs of passes were computed.
     pub ran: usize,
     /// How many runs were found in the cache.
@@ -94,12 +99,12 @@ impl Engine<'_> {
             .filter_map(|p| p.evaluator.as_ref());
         for evaluator in own.chain(&pipeline.evaluator) {
             for metric in &evaluator.value.metrics {
-                if self.evaluators.find(&metric.kind).is_none() {
+                let Some(measurer) = self.evaluators.find(&metric.kind) else {
                     return Err(Error::unsupported(
                         format!("the metric `{}` of type `{}`", metric.name, metric.kind),
                         "no evaluator for it is built into this program",
                     ));
-                }
+                };
                 if let Some(Reference::Inline(data)) = &metric.data
                     && !data.remote.is_empty()
                 {
@@ -108,6 +113,11 @@ impl Engine<'_> {
                         "its files are elsewhere; copy them here and name them",
                     ));
                 }
+                let data = match &metric.data {
+                    Some(Reference::Inline(data)) => Some(data.as_ref()),
+                    _ => None,
+                };
+                measurer.check(metric, data)?;
             }
         }
         Ok(())
@@ -120,7 +130,7 @@ impl Session<'_> {
         let mut node = self.input.clone();
         let evaluator = self.pipeline.evaluator.as_ref();
         if let Some(evaluator) = evaluator.filter(|_| self.plan.config.engine.evaluate_input_model) {
-            self.measure(&node, evaluator)?;
+            self.measure_input(evaluator)?;
         }
         for step in &self.pipeline.steps {
             let Some(pass) = step.choices.first() else {
@@ -185,6 +195,8 @@ impl Session<'_> {
             output_dir: folder,
             model_id: best.id.clone(),
             metrics: self.footprint.metrics(&best.id).cloned().unwrap_or_default(),
+            footprint: self.footprint.clone(),
+            objectives: self.objectives.clone(),
             ran: self.ran,
             cached: self.cached,
             failed: self.failed.clone(),

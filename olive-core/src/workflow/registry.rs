@@ -1,6 +1,6 @@
 //! What a workflow can call: passes and evaluators, of this workspace or any other crate.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
@@ -87,6 +87,17 @@ pub trait Evaluator: Send + Sync {
     /// Counts the changes of its code that change what it measures.
     fn version(&self) -> u32 {
         1
+    }
+    /// Files besides the model and the data config that it reads: a change in one of them makes it measure again.
+    fn input_files(&self, _metric: &MetricSpec) -> Vec<PathBuf> {
+        Vec::new()
+    }
+    /// Checks a metric before any work is done.
+    ///
+    /// # Errors
+    /// Whatever would make [`Evaluator::evaluate`] fail and can be known now.
+    fn check(&self, _metric: &MetricSpec, _data: Option<&DataConfig>) -> Result<()> {
+        Ok(())
     }
     /// Measures every sub type of `metric`, in the order in which they are given; an evaluator of `tasks` names its
     /// values itself.

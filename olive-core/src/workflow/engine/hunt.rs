@@ -7,9 +7,7 @@ use super::{Outcome, expired, plain};
 use crate::error::{Error, Result};
 use crate::workflow::plan::{Named, PlannedPass, Step};
 use crate::workflow::schema::{EvaluatorConfig, SearchConfig};
-use crate::workflow::search::{
-    Choice, Observation, Space, Values, non_dominated, rank, resolve_goals, sampler,
-};
+use crate::workflow::search::{Choice, Observation, Space, Values, non_dominated, rank, sampler};
 
 /// A candidate and what it measures.
 struct Candidate {
@@ -32,17 +30,7 @@ impl Session<'_> {
             evaluator.ok_or_else(|| Error::unsupported("a search without an evaluator", "give one"))?;
         let relative = self.objectives.iter().any(|o| o.goal.is_some());
         if self.plan.config.engine.evaluate_input_model || relative {
-            let input = self.input.clone();
-            match self.measure(&input, evaluator) {
-                Ok(_) => {}
-                // Metrics of the result (an ONNX model's latency) may have no meaning for the input.
-                Err(error @ Error::Unsupported { .. }) => {
-                    self.notes
-                        .push(format!("the input model is not measured: {error}"));
-                    resolve_goals(&mut self.objectives, None);
-                }
-                Err(error) => return Err(error),
-            }
+            self.measure_input(evaluator)?;
         }
         let mut limits = Limits {
             start: Instant::now(),

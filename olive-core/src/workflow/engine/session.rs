@@ -14,7 +14,9 @@ use crate::workflow::cache::{Cache, FileHashes, Lock, ModelRecord, RunRecord, ha
 use crate::workflow::plan::{Named, Pipeline, Plan, PlannedPass};
 use crate::workflow::registry::{EvalContext, params_for};
 use crate::workflow::schema::passes;
-use crate::workflow::schema::{DataConfig, EvaluatorConfig, Location, ModelSource, ModelType, Reference};
+use crate::workflow::schema::{
+    DataConfig, EvaluatorConfig, Location, MetricSpec, ModelSource, ModelType, Reference,
+};
 use crate::workflow::search::{Objective, resolve_goals};
 
 /// A model on the way.
@@ -303,59 +305,37 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Measures the input model. A metric of the result (an ONNX model's latency) may have no meaning for it: then
+    /// this is noted, and a goal has nothing to be relative to.
+    pub fn measure_input(&mut self, evaluator: &Named<EvaluatorConfig>) -> Result<Metrics> {
+        let input = self.input.clone();
+        self.measure_metrics(&input, evaluator, true)
+    }
+
     /// Measures a model, or finds that it has been measured.
     pub fn measure(&mut self, node: &Node, evaluator: &Named<EvaluatorConfig>) -> Result<Metrics> {
-        let accelerator = &self.pipeline.target.value.accelerator;
+        self.measure_metrics(node, evaluator, false)
+    }
+
+    fn measure_metrics(
+        &mut self,
+        node: &Node,
+        evaluator: &Named<EvaluatorConfig>,
+        lenient: bool,
+    ) -> Result<Metrics> {
         let mut metrics = Metrics::new();
         for metric in &evaluator.value.metrics {
             self.engine.cancel.check()?;
-            let missing =
-                || Error::unsupported(format!("the metric type `{}`", metric.kind), "it is not built in");
-            let measurer = self.engine.evaluators.find(&metric.kind).ok_or_else(missing)?;
-            let data = match &metric.data {
-                Some(Reference::Inline(data)) => Some(data.as_ref()),
-                _ => None,
-            };
-            let identity = data.map(|data| self.data_identity(data)).transpose()?;
-            let subs: Vec<Value> = metric
-                .sub_types
-                .iter()
-                .map(|sub| json!({"name": sub.name, "config": sub.config, "higher": sub.higher_is_better}))
-                .collect();
-            let key = hash_value(&json!({
-                "model": node.key,
-                "metric": metric.kind,
-                "subs": subs,
-                "settings": metric.settings,
-                "data": identity,
-                "version": measurer.version(),
-                "device": self.engine.device,
-            }));
-            let path = self.cache.evaluation(&node.key, &accelerator.to_string(), &key);
-            let measured: Vec<(String, f64, bool)> = match read_evaluation(&path, &key) {
-                Some(measured) => measured,
-                None => {
-                    let _lock = Lock::take(&path.with_extension("lock"))?;
-                    match read_evaluation(&path, &key) {
-                        Some(measured) => measured,
-                        None => {
-                            let context = EvalContext {
-                                data,
-                                accelerator,
-                                progress: self.engine.progress,
-                                cancel: self.engine.cancel,
-                            };
-                            let handle = self.handle(node)?;
-                            let measured = measurer.evaluate(handle.as_ref(), metric, &context)?;
-                            let measured: Vec<(String, f64, bool)> = measured
-                                .into_iter()
-                                .map(|m| (m.name, m.value, m.higher_is_better))
-                                .collect();
-                            fsio::write_json(&path, &json!({"key": key, "values": measured}), 4)?;
-                            measured
-                        }
+            let measured = match self.measured(node, metric) {
+                Ok(measured) => measured,
+                Err(error @ Error::Unsupported { .. }) if lenient => {
+                    let note = format!("the input model is not measured: {error}");
+                    if !self.notes.contains(&note) {
+                        self.notes.push(note);
                     }
+                    continue;
                 }
+                Err(error) => return Err(error),
             };
             for (name, value, higher_is_better) in measured {
                 let sub = metric.sub_types.iter().find(|sub| sub.name == name);
@@ -374,6 +354,58 @@ impl<'a> Session<'a> {
         }
         self.footprint.measured(&node.id, &metrics, &self.objectives);
         Ok(metrics)
+    }
+
+    /// The values of one metric: name, value, whether more is better.
+    fn measured(&self, node: &Node, metric: &MetricSpec) -> Result<Vec<(String, f64, bool)>> {
+        let accelerator = &self.pipeline.target.value.accelerator;
+        let missing =
+            || Error::unsupported(format!("the metric type `{}`", metric.kind), "it is not built in");
+        let measurer = self.engine.evaluators.find(&metric.kind).ok_or_else(missing)?;
+        let data = match &metric.data {
+            Some(Reference::Inline(data)) => Some(data.as_ref()),
+            _ => None,
+        };
+        let identity = data.map(|data| self.data_identity(data)).transpose()?;
+        let subs: Vec<Value> = metric
+            .sub_types
+            .iter()
+            .map(|sub| json!({"name": sub.name, "config": sub.config, "higher": sub.higher_is_better}))
+            .collect();
+        let files = measurer.input_files(metric);
+        let files: Result<Vec<String>> = files.iter().map(|path| self.hashes.tree(path)).collect();
+        let key = hash_value(&json!({
+            "model": node.key,
+            "metric": metric.kind,
+            "subs": subs,
+            "settings": metric.settings,
+            "data": identity,
+            "files": files?,
+            "version": measurer.version(),
+            "device": self.engine.device,
+        }));
+        let path = self.cache.evaluation(&node.key, &accelerator.to_string(), &key);
+        if let Some(measured) = read_evaluation(&path, &key) {
+            return Ok(measured);
+        }
+        let _lock = Lock::take(&path.with_extension("lock"))?;
+        if let Some(measured) = read_evaluation(&path, &key) {
+            return Ok(measured);
+        }
+        let context = EvalContext {
+            data,
+            accelerator,
+            progress: self.engine.progress,
+            cancel: self.engine.cancel,
+        };
+        let handle = self.handle(node)?;
+        let measured = measurer.evaluate(handle.as_ref(), metric, &context)?;
+        let measured: Vec<(String, f64, bool)> = measured
+            .into_iter()
+            .map(|m| (m.name, m.value, m.higher_is_better))
+            .collect();
+        fsio::write_json(&path, &json!({"key": key, "values": measured}), 4)?;
+        Ok(measured)
     }
 
     /// Tasks name their values themselves; where nothing else is an objective, they are, in order.

@@ -43,6 +43,7 @@ const LOAD: &[Field] = &[
     field("name", Shape::Text),
     field("path", Shape::Text),
     field("split", Shape::Text),
+    field("shuffle_seed", Shape::Int),
     field(
         "data_files",
         Shape::Either(&[Shape::Text, Shape::List(&PATH), Shape::Depends(files)]),
@@ -174,6 +175,7 @@ const OTHER_TASKS: &[Field] = &[
     field("input_cols", Shape::Any),
     field("label_col", Shape::Any),
     field("label_cols", Shape::Any),
+    field("labels", Shape::List(&Shape::Any)),
     field("align_labels", Shape::Bool),
     field("model_config_path", Shape::Text),
     field("padding", Shape::Any),

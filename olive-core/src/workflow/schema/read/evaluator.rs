@@ -6,6 +6,7 @@ use super::{Object, Reader, list, object, text};
 use crate::error::{Error, Result};
 use crate::workflow::schema::config::{EvaluatorConfig, Goal, GoalKind, MetricSpec, Reference, SubType};
 use crate::workflow::schema::evaluator_shapes;
+use crate::workflow::schema::location::resolve;
 use crate::workflow::schema::shape::{as_bool, as_float, as_int, join};
 
 impl Reader<'_> {
@@ -21,6 +22,9 @@ impl Reader<'_> {
             let mut settings = evaluator.clone();
             settings.shift_remove("type");
             settings.shift_remove("metrics");
+            if let Some(Value::Array(tasks)) = settings.get_mut("tasks") {
+                tasks.iter_mut().for_each(|task| self.task_files(task));
+            }
             metrics.push(MetricSpec {
                 name: kind.clone().unwrap_or_default(),
                 kind: "tasks".to_owned(),
@@ -40,6 +44,34 @@ impl Reader<'_> {
             sub.priority = Some(1);
         }
         Ok(EvaluatorConfig { kind, metrics })
+    }
+
+    /// Makes the files that a task names absolute, where they are here.
+    fn task_files(&self, value: &mut Value) {
+        match value {
+            Value::String(text) => {
+                let path = resolve(self.folder, text);
+                if path.is_file() {
+                    *text = path.display().to_string();
+                }
+            }
+            Value::Array(list) => list.iter_mut().for_each(|entry| self.task_files(entry)),
+            Value::Object(task) => {
+                if let Some(path) = task.get_mut("dataset_path") {
+                    self.task_files(path);
+                }
+                if let Some(files) = task
+                    .get_mut("dataset_kwargs")
+                    .and_then(|kwargs| kwargs.get_mut("data_files"))
+                {
+                    match files {
+                        Value::Object(splits) => splits.values_mut().for_each(|entry| self.task_files(entry)),
+                        files => self.task_files(files),
+                    }
+                }
+            }
+            _ => {}
+        }
     }
 
     fn metric(&self, value: &Value, path: &str) -> Result<MetricSpec> {

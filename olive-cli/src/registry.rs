@@ -9,11 +9,11 @@ use olive_core::data::DataConfig;
 use olive_core::text::TextTokenizer;
 use olive_core::workflow::data::TextData;
 use olive_core::workflow::registry::{EvaluatorRegistry, HfOpener, ModelOpener, PassRegistry};
-use olive_core::{ModelHandle, ParamSpec, Pass, PassConfig, PassContext, Result, Sample};
+use olive_core::{ModelHandle, Result, Sample};
 use olive_lora::LoraPass;
 use olive_onnx::OnnxModel;
 use olive_onnx::model::find_graph;
-use olive_onnx::passes::{CaptureSplitInfo, ModelBuilder, ONNX_PASSES, OnnxPass};
+use olive_onnx::passes::CaptureSplitInfo;
 use olive_quant::{AutoAwqQuantizer, CalibrationSet, Rtn};
 use serde_json::Value;
 
@@ -30,11 +30,8 @@ pub fn passes(memory: Option<u64>) -> PassRegistry {
     registry.register(Box::new(AutoAwqQuantizer::new(Arc::new(calibration))));
     registry.register(Box::new(Rtn));
     registry.register(Box::new(LoraPass::new(Box::new(samples))));
-    registry.register(Box::new(ModelBuilder));
+    olive_onnx::passes::register_passes(&mut registry);
     registry.register(Box::new(CaptureSplitInfo { memory }));
-    for pass in ONNX_PASSES {
-        registry.register(Box::new(Listed(pass)));
-    }
     registry
 }
 
@@ -61,35 +58,6 @@ fn calibration(model: &dyn ModelHandle, data: Option<&Value>) -> Result<Calibrat
         }
     };
     Ok(CalibrationSet::new(sequences))
-}
-
-/// A pass of the list of ONNX passes.
-struct Listed(&'static OnnxPass);
-
-impl Pass for Listed {
-    fn name(&self) -> &'static str {
-        self.0.name()
-    }
-    fn params(&self) -> &'static [ParamSpec] {
-        self.0.params()
-    }
-    fn transforms(&self) -> (olive_core::ModelKind, olive_core::ModelKind) {
-        self.0.transforms()
-    }
-    fn version(&self) -> u32 {
-        self.0.version()
-    }
-    fn check(&self, model: &dyn ModelHandle, config: &PassConfig) -> Result<()> {
-        self.0.check(model, config)
-    }
-    fn run(
-        &self,
-        model: &dyn ModelHandle,
-        config: &PassConfig,
-        context: &PassContext<'_>,
-    ) -> Result<Arc<dyn ModelHandle>> {
-        self.0.run(model, config, context)
-    }
 }
 
 /// Opens Hugging Face folders and ONNX folders, told apart by what they hold.

@@ -10,6 +10,7 @@
 
 pub mod activation;
 pub mod attention;
+mod dora;
 mod dropout;
 mod head;
 mod host;
@@ -20,6 +21,7 @@ mod perplexity;
 mod score;
 mod sequence;
 
+pub use dora::Magnitude;
 pub use dropout::DropoutStream;
 pub use head::{CrossEntropy, Embedding, Head};
 pub use layer::{DecoderLayer, LayerGradients, LayerTape, Observer};

@@ -6,6 +6,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::packed::awq_gemm::{self, AwqTensors};
 use crate::packed::nf4::{self, Nf4Matrix};
+use crate::packed::olive::StoredPart;
 use crate::packed::{QuantMatrix, compressed_tensors, gptq, olive, parts};
 
 /// A weight `[out, in]`.
@@ -67,6 +68,66 @@ impl WeightKind {
         let values = source.read_f32_checked(&dense_name, &shape)?;
         Ok(Self::Dense(values, source.require(&dense_name)?.dtype))
     }
+
+    /// The tensors of `module` in the layout of `quantization`; a dense weight is `<module>.weight` in its type.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if the weight does not fit the layout; [`Error::Unsupported`] for a layout that olive does
+    /// not know.
+    pub fn store(&self, quantization: Option<&QuantizationConfig>, module: &str) -> Result<Vec<StoredPart>> {
+        let matrix = match self {
+            Self::Dense(values, dtype) => {
+                let bytes = dtype.from_f32(values);
+                let bytes = bytes.ok_or_else(|| Error::tensor(module, "a floating-point type", dtype.to_string()))?;
+                return Ok(vec![(format!("{module}.weight"), *dtype, vec![values.len()], bytes)]);
+            }
+            Self::Nf4(matrix) => return nf4::store(module, matrix),
+            Self::Packed(matrix) => matrix,
+        };
+        let quantization = quantization
+            .ok_or_else(|| Error::tensor(module, "a quantization config for a packed weight", "none"))?;
+        let named = |parts: Vec<(&str, DType, Vec<usize>, Vec<u8>)>| {
+            let name = |part: &str| format!("{module}.{part}");
+            let parts = parts.into_iter();
+            parts.map(|(part, dtype, shape, bytes)| (name(part), dtype, shape, bytes)).collect()
+        };
+        match Method::of(quantization)? {
+            Method::Awq => {
+                let (rows, groups, stored) = (matrix.rows, matrix.groups(), awq_gemm::store(matrix)?);
+                Ok(named(vec![
+                    ("qweight", DType::I32, vec![matrix.cols, rows / 8], stored.qweight),
+                    ("qzeros", DType::I32, vec![groups, rows / 8], stored.qzeros),
+                    ("scales", DType::F16, vec![groups, rows], stored.scales),
+                ]))
+            }
+            Method::Gptq(version) => {
+                let stored = gptq::store(matrix, version)?;
+                let bytes = [stored.qweight, stored.qzeros, stored.scales, stored.g_idx];
+                let parts = gptq::plan(matrix).into_iter().zip(bytes);
+                Ok(named(parts.map(|((part, dtype, shape), bytes)| (part, dtype, shape, bytes)).collect()))
+            }
+            Method::Olive => olive::store(module, matrix),
+            Method::CompressedTensors => compressed_tensors::store(module, matrix),
+            Method::Nf4 => Err(Error::tensor(module, "normal floats", "packed integers")),
+        }
+    }
+}
+
+/// The tensors in which a packed `module` is stored, those that exist; `None` if it is stored dense.
+///
+/// # Errors
+/// [`Error::Unsupported`] for a method that olive does not read; [`Error::Config`] for a broken override.
+pub fn stored_names(
+    source: &dyn TensorSource,
+    quantization: &QuantizationConfig,
+    module: &str,
+) -> Result<Option<Vec<String>>> {
+    let parts = packed_parts(source, quantization, module)?;
+    let there = |parts: PackedParts| {
+        let names = parts.required.into_iter().chain(parts.optional);
+        names.filter(|name| source.info(name).is_some()).collect()
+    };
+    Ok(parts.map(there))
 }
 
 /// A linear as it is stored: weight and optional bias.
@@ -115,12 +176,10 @@ pub(crate) fn packed_parts(
 ) -> Result<Option<PackedParts>> {
     let method = Method::of(quantization)?;
     if method == Method::Nf4 {
-        return Ok(nf4::is_stored(source, module).then(|| {
-            let (required, optional) = nf4::part_names(module);
-            PackedParts {
-                required: required.into(),
-                optional: optional.into(),
-            }
+        let stored = nf4::stored_parts(source, module);
+        return Ok(stored.map(|(required, optional)| PackedParts {
+            required: required.into(),
+            optional: optional.into(),
         }));
     }
     if source.info(&format!("{module}.weight")).is_some() {
@@ -187,8 +246,11 @@ impl Method {
             "compressed-tensors" => {
                 unsupported(format!(" and format `{format}`"), "olive reads `pack-quantized`")
             }
-            "bitsandbytes" if quantization.load_in_4bit && quant_type == "nf4" => Ok(Self::Nf4),
-            "bitsandbytes" => unsupported(format!(" and type `{quant_type}`"), "olive reads 4-bit `nf4`"),
+            "bitsandbytes" if quantization.load_in_4bit && matches!(quant_type, "nf4" | "fp4") => Ok(Self::Nf4),
+            "bitsandbytes" => unsupported(
+                format!(" and type `{quant_type}`"),
+                "olive reads 4-bit `nf4` and `fp4`",
+            ),
             _ => unsupported(
                 String::new(),
                 "olive reads awq, gptq, olive, compressed-tensors and bitsandbytes",

@@ -11,7 +11,7 @@ use olive_core::{Error, ModelSpec, Result, fsio};
 use serde::{Deserialize, Serialize};
 
 use crate::adamw::Moments;
-use crate::adapter::{Adapter, f32_tensor};
+use crate::adapter::{Adapter, AdapterModule, f32_tensor};
 use crate::train_log::LogEntry;
 
 const STATE_FILE: &str = "trainer_state.json";
@@ -40,7 +40,7 @@ pub(crate) struct TrainerState {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Snapshot {
     pub adapter: Adapter,
-    /// Of each module `A` then `B`, in the adapter's order.
+    /// Of each part of each module, in the adapter's order.
     pub moments: Vec<Moments>,
     pub state: TrainerState,
 }
@@ -75,10 +75,8 @@ impl Snapshot {
         remove(&temporary)?;
         self.adapter.write(&temporary, base_model)?;
         let mut tensors = Vec::with_capacity(2 * self.moments.len());
-        for (index, moments) in self.moments.iter().enumerate() {
-            let module = &self.adapter.modules[index / 2].place.linear.name;
-            let part = ["lora_A", "lora_B"][index % 2];
-            let name = |moment: &str| format!("{module}.{part}.{moment}");
+        for (part, moments) in self.adapter.part_names().iter().zip(&self.moments) {
+            let name = |moment: &str| format!("{part}.{moment}");
             let shape = [moments.first.len()];
             tensors.push(f32_tensor(name("exp_avg"), &shape, &moments.first));
             tensors.push(f32_tensor(name("exp_avg_sq"), &shape, &moments.second));
@@ -102,18 +100,14 @@ impl Snapshot {
         let adapter = Adapter::open(folder, spec)?;
         let optimizer = Checkpoint::open_files(folder, vec![folder.join(OPTIMIZER_FILE)])?;
         let source: &dyn TensorSource = &optimizer;
-        let mut moments = Vec::with_capacity(2 * adapter.modules.len());
-        for module in &adapter.modules {
-            for (part, n) in [("lora_A", module.a.len()), ("lora_B", module.b.len())] {
-                let read = |moment: &str| {
-                    let name = format!("{}.{part}.{moment}", module.place.linear.name);
-                    source.read_f32_checked(&name, &[n])
-                };
-                moments.push(Moments {
-                    first: read("exp_avg")?,
-                    second: read("exp_avg_sq")?,
-                });
-            }
+        let mut moments = Vec::new();
+        let parts = adapter.modules.iter().flat_map(AdapterModule::parts);
+        for (part, values) in adapter.part_names().iter().zip(parts) {
+            let read = |moment: &str| source.read_f32_checked(&format!("{part}.{moment}"), &[values.len()]);
+            moments.push(Moments {
+                first: read("exp_avg")?,
+                second: read("exp_avg_sq")?,
+            });
         }
         Ok(Self {
             adapter,

@@ -71,10 +71,9 @@ pub fn finetune<B: Backend>(
 ) -> Result<TrainReport> {
     let started = Instant::now();
     check_model(model)?;
-    let spec = model.spec();
     let adapter = match &lora.initial_adapter {
         Some(folder) => initial(folder, model, lora)?,
-        None => Adapter::new(spec, lora, arguments.seed)?,
+        None => Adapter::new(model, lora, arguments.seed)?,
     };
     fsio::create_dir(context.output)?;
     let folder_name = model.path().file_name().unwrap_or_default().to_string_lossy();
@@ -135,7 +134,8 @@ fn check_model(model: &dyn ModelHandle) -> Result<()> {
 fn initial(folder: &Path, model: &dyn ModelHandle, lora: &LoraOptions) -> Result<Adapter> {
     let mut adapter = Adapter::open(folder, model.spec())?;
     let places = lora.adapted_linears(model.spec())?;
-    if adapter.modules.iter().map(|m| &m.place).ne(&places) {
+    let other_kind = adapter.options.use_dora != lora.use_dora;
+    if other_kind || adapter.modules.iter().map(|m| &m.place).ne(&places) {
         let expected = "an adapter with the ranks, scales and modules of the options";
         return Err(Error::file(folder, expected, "others"));
     }

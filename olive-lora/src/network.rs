@@ -52,7 +52,7 @@ pub(crate) fn trained_tokens(sample: &Sample) -> usize {
 pub(crate) struct SequenceResult {
     /// Sum of the losses.
     pub sum: f64,
-    /// Of each module `A` then `B`, in the adapter's order; empty where none were asked for.
+    /// Of each part of each module, in the adapter's order; empty where none were asked for.
     pub gradients: Vec<Vec<f32>>,
 }
 
@@ -169,7 +169,7 @@ impl<B: Backend> Network<B> {
             x = y;
         }
         let result = self.head.cross_entropy(x, &[sequence.labels], Some(mode.scale))?;
-        let mut gradients: BTreeMap<(usize, LinearRole), [Vec<f32>; 2]> = BTreeMap::new();
+        let mut gradients: BTreeMap<(usize, LinearRole), Vec<Vec<f32>>> = BTreeMap::new();
         let mut dy = result
             .d_hidden
             .ok_or_else(|| Error::tensor("loss", "a gradient", "none"))?;
@@ -184,14 +184,18 @@ impl<B: Backend> Network<B> {
             let mut own = Vec::new();
             dy = layer.backward(tape, dy, tables, &stream(index), &mut own);
             for (role, gradient) in own {
-                gradients.insert((index, role), [host(gradient.a)?, host(gradient.b)?]);
+                let mut parts = vec![host(gradient.a)?, host(gradient.b)?];
+                if let Some(magnitude) = gradient.magnitude {
+                    parts.push(host(magnitude)?);
+                }
+                gradients.insert((index, role), parts);
             }
         }
         let in_order = self.places.iter().map(|place| {
             let pair = gradients.remove(place);
             pair.ok_or_else(|| Error::tensor(format!("{place:?}"), "a gradient", "none"))
         });
-        let in_order: Vec<[Vec<f32>; 2]> = in_order.collect::<Result<_>>()?;
+        let in_order: Vec<Vec<Vec<f32>>> = in_order.collect::<Result<_>>()?;
         Ok(SequenceResult {
             sum: result.sum,
             gradients: in_order.into_iter().flatten().collect(),
@@ -208,7 +212,7 @@ fn tables_of<'a, B: Backend>(
         .ok_or_else(|| Error::tensor("input_ids", "a prepared length", format!("{:?}", sequence.key())))
 }
 
-fn host<B: Backend>(x: Tensor<B, 2>) -> Result<Vec<f32>> {
+fn host<B: Backend, const D: usize>(x: Tensor<B, D>) -> Result<Vec<f32>> {
     x.into_data()
         .convert::<f32>()
         .into_vec()

@@ -28,6 +28,8 @@ pub struct LoraOptions {
     pub alpha_pattern: BTreeMap<String, f64>,
     /// Whether the scale is `alpha / √r`.
     pub use_rslora: bool,
+    /// Whether the magnitudes of the rows are trained too (DoRA).
+    pub use_dora: bool,
     /// A PEFT folder from which training starts, instead of random `A` and zero `B`.
     pub initial_adapter: Option<PathBuf>,
     /// `base_model_name_or_path` of the written config; the base folder's name if `None`.
@@ -46,6 +48,7 @@ impl Default for LoraOptions {
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
             use_rslora: false,
+            use_dora: false,
             initial_adapter: None,
             base_model_name: None,
         }

@@ -36,6 +36,7 @@ const READ: &[&str] = &[
     "r",
     "rank_pattern",
     "target_modules",
+    "use_dora",
     "use_rslora",
 ];
 
@@ -73,7 +74,7 @@ pub fn to_json(options: &LoraOptions, targets: &Targets, base_model: &str) -> Va
         ("revision", Value::Null),
         ("target_modules", targets),
         ("task_type", json!("CAUSAL_LM")),
-        ("use_dora", json!(false)),
+        ("use_dora", json!(options.use_dora)),
         ("use_rslora", json!(options.use_rslora)),
     ]
     .into();
@@ -115,9 +116,12 @@ pub fn read(folder: &Path) -> Result<LoraOptions> {
             Value::String(text) => key == "bias" && text == "none",
             _ => false,
         };
-        if !known && !empty {
+        if key == "fan_in_fan_out" && !empty {
+            // As PEFT says and does.
+            tracing::warn!("`{key}` of `{origin}` has no effect: every adapted module is a linear");
+        } else if !known && !empty {
             let what = format!("`{key}` = {value} of `{origin}`");
-            return Err(Error::unsupported(what, "olive reads plain LoRA adapters"));
+            return Err(Error::unsupported(what, "olive reads LoRA and DoRA adapters"));
         }
     }
     let fields = Fields { origin, config };
@@ -131,6 +135,7 @@ pub fn read(folder: &Path) -> Result<LoraOptions> {
         rank_pattern: fields.field("rank_pattern", Some(json!({})))?,
         alpha_pattern: fields.field("alpha_pattern", Some(json!({})))?,
         use_rslora: fields.field("use_rslora", Some(json!(false)))?,
+        use_dora: fields.field("use_dora", Some(json!(false)))?,
         initial_adapter: None,
         base_model_name: fields.field("base_model_name_or_path", Some(Value::Null))?,
     })
@@ -190,7 +195,7 @@ mod tests {
         let config: Map<String, Value> = fsio::read_json(golden.join(CONFIG_FILE)).unwrap();
         for (key, value) in [
             ("peft_type", json!("LOHA")),
-            ("use_dora", json!(true)),
+            ("lora_bias", json!(true)),
             ("bias", json!("all")),
             ("modules_to_save", json!(["lm_head"])),
             ("some_new_option", json!(3)),

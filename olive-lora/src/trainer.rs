@@ -15,7 +15,7 @@ use olive_core::{Error, ModelHandle, PassContext, Result, Sample};
 use rayon::prelude::*;
 
 use crate::adamw::{self, Moments};
-use crate::adapter::Adapter;
+use crate::adapter::{Adapter, AdapterModule};
 use crate::arguments::TrainingArguments;
 use crate::checkpoint::{self, INTERRUPTED_FOLDER, Snapshot, TrainerState};
 use crate::network::{GradientMode, Network, Sequence, SequenceResult, Tables, trained_tokens};
@@ -168,7 +168,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let mut parameters: Vec<&mut Vec<f32>> = adapter
             .modules
             .iter_mut()
-            .flat_map(|module| [&mut module.a, &mut module.b])
+            .flat_map(AdapterModule::parts_mut)
             .collect();
         self.arguments
             .adamw
@@ -238,10 +238,8 @@ impl<'a, B: Backend> Trainer<'a, B> {
 
     /// Stops at the first gradient that is not finite, and at a module that is never trained.
     fn check_gradients(&self, outcome: &StepOutcome, norm: f64, step: usize) -> Result<()> {
-        let name = |index: usize| {
-            let module = &self.snapshot.adapter.modules[index / 2].place.linear.name;
-            format!("{module}.{}", ["lora_A", "lora_B"][index % 2])
-        };
+        let names = self.snapshot.adapter.part_names();
+        let name = |index: usize| names.get(index).cloned().unwrap_or_default();
         if !norm.is_finite() {
             let bad = |gradient: &Vec<f32>| gradient.iter().filter(|g| !g.is_finite()).count();
             let first = outcome
@@ -259,7 +257,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
                 .gradients
                 .iter()
                 .enumerate()
-                .filter(|(index, _)| index % 2 == 1)
+                .filter(|(index, _)| name(*index).ends_with("lora_B"))
                 .find(|(_, gradient)| gradient.iter().all(|g| *g == 0.0));
             if let Some((index, _)) = idle {
                 return Err(Error::tensor(
@@ -397,7 +395,8 @@ fn fresh(adapter: Adapter, max_steps: usize, identity: &RunIdentity) -> Snapshot
     let moments = adapter
         .modules
         .iter()
-        .flat_map(|module| [Moments::zeros(module.a.len()), Moments::zeros(module.b.len())])
+        .flat_map(AdapterModule::parts)
+        .map(|values| Moments::zeros(values.len()))
         .collect();
     let state = TrainerState {
         global_step: 0,

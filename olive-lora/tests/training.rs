@@ -271,7 +271,7 @@ fn the_output_folder_is_olives_and_opens_as_a_model() {
 fn a_fresh_adapter_changes_nothing_and_a_trained_one_helps() {
     let model = HfModel::open(golden("peft/phi3")).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    Adapter::new(model.spec(), &options(), 1)
+    Adapter::new(&model, &options(), 1)
         .unwrap()
         .write(folder.path(), "base")
         .unwrap();
@@ -426,7 +426,7 @@ fn targets_of_the_command_line_are_adapted() {
         target_modules: Some(Targets::from_text("all-linear")),
         ..options()
     };
-    assert_eq!(Adapter::new(model.spec(), &options, 0).unwrap().modules.len(), 14);
+    assert_eq!(Adapter::new(&model, &options, 0).unwrap().modules.len(), 14);
 }
 
 /// The lab's data and rate on the demo model: 60 steps of 8 blocks of 1,024 tokens.

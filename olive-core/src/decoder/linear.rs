@@ -2,13 +2,14 @@
 //!
 //! `y = x Wᵀ + bias + s · dropout(x) Aᵀ Bᵀ`. The backward is written by hand: it gives the gradient of `x`, of `A`
 //! and of `B`, and never one of `W`. A packed `W` stays packed; a block of its rows is dequantized when it is
-//! multiplied, in the backward again, and dropped.
+//! multiplied, in the backward again, and dropped. With magnitudes it is DoRA's form instead (`dora.rs`).
 
 use std::sync::Arc;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
 
+use super::dora::Magnitude;
 use super::dropout::DropoutStream;
 use crate::packed::QuantMatrix;
 use crate::packed::nf4::Nf4Matrix;
@@ -69,6 +70,18 @@ impl<B: Backend> BaseWeight<B> {
         }
     }
 
+    /// `‖W‖²` of each row, `[out]`.
+    pub(super) fn row_squares(&self, device: &B::Device) -> Tensor<B, 1> {
+        let of = |rows: Tensor<B, 2>| (rows.clone() * rows).sum_dim(1).squeeze_dim::<1>(1);
+        match self {
+            Self::Dense(weight) => of(weight.clone()),
+            packed => {
+                let blocks = row_blocks(packed.shape()).map(|rows| of(packed.dequantize(rows, device)));
+                Tensor::cat(blocks.collect(), 0)
+            }
+        }
+    }
+
     /// Rows of the weight, dense.
     fn dequantize(&self, rows: std::ops::Range<usize>, device: &B::Device) -> Tensor<B, 2> {
         let [_, cols] = self.shape();
@@ -99,6 +112,8 @@ pub struct LowRank<B: Backend> {
     pub b: Tensor<B, 2>,
     /// `s`: alpha / rank, or alpha / √rank.
     pub scaling: f64,
+    /// DoRA's magnitudes of the rows; see [`Linear::adapt`].
+    pub magnitude: Option<Magnitude<B>>,
 }
 
 /// Gradients of a low-rank part.
@@ -108,13 +123,17 @@ pub struct LowRankGradient<B: Backend> {
     pub a: Tensor<B, 2>,
     /// As `B [out, rank]`.
     pub b: Tensor<B, 2>,
+    /// As the magnitudes `[out]`, where there are any.
+    pub magnitude: Option<Tensor<B, 1>>,
 }
 
 /// What the backward of a linear needs from its forward besides the input.
 #[derive(Debug, Clone)]
 pub struct LinearTape<B: Backend> {
     /// `dropout(x) Aᵀ [n, rank]`.
-    projected: Option<Tensor<B, 2>>,
+    pub(super) projected: Option<Tensor<B, 2>>,
+    /// `dropout(x) (W + s B A)ᵀ [n, out]`, of a linear with magnitudes.
+    pub(super) combined: Option<Tensor<B, 2>>,
 }
 
 /// `y = x Wᵀ + bias + s · dropout(x) Aᵀ Bᵀ`.
@@ -157,6 +176,14 @@ impl<B: Backend> Linear<B> {
         }
     }
 
+    /// Gives the linear a low-rank part, replacing any that it has; with `magnitudes [out]` it is DoRA's. The norms of
+    /// the rows are computed here, and count as constants until the next call.
+    pub fn adapt(&mut self, part: LowRank<B>, magnitudes: Option<Tensor<B, 1>>) {
+        let before = self.low_rank.take().and_then(|part| part.magnitude);
+        let magnitude = magnitudes.map(|values| Magnitude::new(&self.weight, &part, values, before));
+        self.low_rank = Some(LowRank { magnitude, ..part });
+    }
+
     /// `[out, in]`.
     pub fn shape(&self) -> [usize; 2] {
         self.weight.shape()
@@ -172,19 +199,32 @@ impl<B: Backend> Linear<B> {
 
     /// `[n, in]` to `[n, out]`, with what [`Linear::backward_rows`] needs.
     pub fn forward_rows(&self, x: Tensor<B, 2>, dropout: &DropoutStream) -> (Tensor<B, 2>, LinearTape<B>) {
-        let mut y = self.weight.forward(x.clone());
-        let mut projected = None;
-        if let Some(low_rank) = &self.low_rank {
-            let dropped = dropout.apply(x);
-            let inner = dropped.matmul(low_rank.a.clone().transpose());
-            let outer = inner.clone().matmul(low_rank.b.clone().transpose());
-            y = y + outer.mul_scalar(low_rank.scaling);
-            projected = Some(inner);
-        }
+        let (mut y, tape) = match &self.low_rank {
+            Some(part) => match &part.magnitude {
+                Some(magnitude) => magnitude.forward(&self.weight, part, x, dropout),
+                None => {
+                    let y = self.weight.forward(x.clone());
+                    let inner = dropout.apply(x).matmul(part.a.clone().transpose());
+                    let outer = inner.clone().matmul(part.b.clone().transpose());
+                    let tape = LinearTape {
+                        projected: Some(inner),
+                        combined: None,
+                    };
+                    (y + outer.mul_scalar(part.scaling), tape)
+                }
+            },
+            None => {
+                let tape = LinearTape {
+                    projected: None,
+                    combined: None,
+                };
+                (self.weight.forward(x), tape)
+            }
+        };
         if let Some(bias) = &self.bias {
             y = y + bias.clone().unsqueeze::<2>();
         }
-        (y, LinearTape { projected })
+        (y, tape)
     }
 
     /// From `dy [n, out]` the gradient of `x [n, in]`, and those of the low-rank part. `x` and `dropout` are what
@@ -196,10 +236,15 @@ impl<B: Backend> Linear<B> {
         dy: Tensor<B, 2>,
         dropout: &DropoutStream,
     ) -> (Tensor<B, 2>, Option<LowRankGradient<B>>) {
-        let dx = self.weight.backward(dy.clone());
         let (Some(low_rank), Some(projected)) = (&self.low_rank, tape.projected) else {
-            return (dx, None);
+            return (self.weight.backward(dy), None);
         };
+        if let (Some(magnitude), Some(combined)) = (&low_rank.magnitude, tape.combined) {
+            let tape = (projected, combined);
+            let (dx, gradient) = magnitude.backward(&self.weight, low_rank, (x, dy), tape, dropout);
+            return (dx, Some(gradient));
+        }
+        let dx = self.weight.backward(dy.clone());
         let db = dy
             .clone()
             .transpose()
@@ -208,6 +253,11 @@ impl<B: Backend> Linear<B> {
         let inner = dy.matmul(low_rank.b.clone()).mul_scalar(low_rank.scaling);
         let da = inner.clone().transpose().matmul(dropout.apply(x.clone()));
         let dx = dx + dropout.apply(inner.matmul(low_rank.a.clone()));
-        (dx, Some(LowRankGradient { a: da, b: db }))
+        let gradient = LowRankGradient {
+            a: da,
+            b: db,
+            magnitude: None,
+        };
+        (dx, Some(gradient))
     }
 }

@@ -112,6 +112,7 @@ fn give_low_rank<B: burn::tensor::backend::Backend>(layer: &mut DecoderLayer<B>,
             a: tensor([rank, inputs], 100 + i as u64).require_grad(),
             b: tensor([out, rank], 200 + i as u64).require_grad(),
             scaling: 0.5,
+            magnitude: None,
         });
     }
 }
@@ -322,6 +323,7 @@ fn the_backward_of_a_linear_agrees_with_finite_differences() {
                 a: tensor::<Cpu, 2>([rank, inputs], 1),
                 b: tensor([outputs, rank], 2),
                 scaling,
+                magnitude: None,
             };
             let linear = Linear {
                 weight: base.clone(),

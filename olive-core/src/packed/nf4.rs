@@ -1,4 +1,4 @@
-//! NF4, the 4-bit normal float of QLoRA (<https://arxiv.org/abs/2305.14314>), as bitsandbytes stores it.
+//! NF4, the 4-bit normal float of QLoRA (<https://arxiv.org/abs/2305.14314>), and FP4, as bitsandbytes stores them.
 //!
 //! ```text
 //! w = CODE[q] * absmax[i / 64]                                  i: index in the row-major matrix
@@ -8,18 +8,23 @@
 //! <module>.weight.nested_absmax                       float32  [n / 64 / 256]
 //! <module>.weight.nested_quant_map                    float32  [256]
 //! <module>.weight.quant_state.bitsandbytes__nf4       uint8    JSON: shape, blocksize, dtype, nested_offset, …
+//!                                     (or …__fp4)
 //! absmax = nested_quant_map[q] * nested_absmax[i / 256] + nested_offset
 //! ```
+
+mod quantize;
 
 use serde::{Deserialize, Serialize};
 
 use super::olive::StoredPart;
 use super::parts;
-use crate::checkpoint::TensorSource;
+use crate::checkpoint::{TensorInfo, TensorSource};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 
-/// The sixteen values, ascending.
+pub use quantize::{Nf4Options, dynamic_map, quantize};
+
+/// The sixteen values of NF4, ascending.
 pub const CODE: [f32; 16] = [
     -1.0,
     -0.696_192_8,
@@ -39,12 +44,69 @@ pub const CODE: [f32; 16] = [
     1.0,
 ];
 
+/// The sixteen values of FP4: sign, two bits of exponent, one of mantissa.
+pub const FP4_CODE: [f32; 16] = [
+    0.0,
+    0.005_208_333_5,
+    0.666_666_7,
+    1.0,
+    0.333_333_34,
+    0.5,
+    0.166_666_67,
+    0.25,
+    0.0,
+    -0.005_208_333_5,
+    -0.666_666_7,
+    -1.0,
+    -0.333_333_34,
+    -0.5,
+    -0.166_666_67,
+    -0.25,
+];
+
+/// Which sixteen values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QuantType {
+    /// Quantiles of the normal distribution.
+    Nf4,
+    /// 4-bit floats.
+    Fp4,
+}
+
+impl QuantType {
+    /// Its name in a config: `nf4` or `fp4`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nf4 => "nf4",
+            Self::Fp4 => "fp4",
+        }
+    }
+
+    /// Its values, by code.
+    pub fn code(self) -> &'static [f32; 16] {
+        match self {
+            Self::Nf4 => &CODE,
+            Self::Fp4 => &FP4_CODE,
+        }
+    }
+
+    fn state_name(self, module: &str) -> String {
+        format!("{module}.weight.quant_state.bitsandbytes__{}", self.name())
+    }
+
+    /// How `module` is stored, if it is.
+    fn stored(source: &dyn TensorSource, module: &str) -> Option<Self> {
+        let is_there = |kind: &Self| source.info(&kind.state_name(module)).is_some();
+        [Self::Nf4, Self::Fp4].into_iter().find(is_there)
+    }
+}
+
 /// Values that share an absolute maximum.
 pub const BLOCK: usize = 64;
 /// Absolute maxima that share theirs.
 pub const NESTED_BLOCK: usize = 256;
-
-const STATE: &str = "weight.quant_state.bitsandbytes__nf4";
+/// Bytes of a state as olive writes it.
+pub const STATE_BYTES: usize = 256;
 
 /// A matrix `[rows, cols]` of normal floats.
 #[derive(Debug, Clone, PartialEq)]
@@ -134,6 +196,14 @@ impl Nf4Matrix {
         out
     }
 
+    /// Which sixteen values: NF4's are ascending.
+    pub fn quant_type(&self) -> QuantType {
+        match self.code[0] < 0.0 {
+            true => QuantType::Nf4,
+            false => QuantType::Fp4,
+        }
+    }
+
     /// Bytes that it takes in memory and, but for names, on disk.
     pub fn byte_len(&self) -> usize {
         self.values.len()
@@ -156,21 +226,22 @@ struct State {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     nested_dtype: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    nested_offset: Option<f32>,
+    nested_offset: Option<f64>,
 }
 
 /// The parts of a module: those that must exist and those that double quantization adds.
-pub fn part_names(module: &str) -> ([String; 4], [String; 2]) {
-    let name = |part: &str| format!("{module}.{part}");
+pub fn part_names(module: &str, quant_type: QuantType) -> ([String; 4], [String; 2]) {
+    let name = |part: &str| format!("{module}.weight{part}");
+    let [weight, absmax, quant_map] = ["", ".absmax", ".quant_map"].map(name);
     (
-        ["weight", "weight.absmax", "weight.quant_map", STATE].map(name),
-        ["weight.nested_absmax", "weight.nested_quant_map"].map(name),
+        [weight, absmax, quant_map, quant_type.state_name(module)],
+        [".nested_absmax", ".nested_quant_map"].map(name),
     )
 }
 
-/// Whether `module` is stored in NF4.
-pub fn is_stored(source: &dyn TensorSource, module: &str) -> bool {
-    source.info(&format!("{module}.{STATE}")).is_some()
+/// The parts of `module` as it is stored; `None` if it is dense.
+pub fn stored_parts(source: &dyn TensorSource, module: &str) -> Option<([String; 4], [String; 2])> {
+    QuantType::stored(source, module).map(|quant_type| part_names(module, quant_type))
 }
 
 /// Reads `module [out, in]`.
@@ -178,11 +249,12 @@ pub fn is_stored(source: &dyn TensorSource, module: &str) -> bool {
 /// # Errors
 /// [`Error::MissingTensors`], [`Error::Tensor`] or [`Error::NotFinite`] naming the part.
 pub fn read(source: &dyn TensorSource, module: &str, shape: [usize; 2]) -> Result<Nf4Matrix> {
-    let ([weight, absmax, quant_map, state_name], nested) = part_names(module);
+    let quant_type = QuantType::stored(source, module).unwrap_or(QuantType::Nf4);
+    let ([weight, absmax, quant_map, state_name], nested) = part_names(module, quant_type);
     let [rows, cols] = shape;
     let state: State =
         serde_json::from_slice(&source.bytes(&state_name)?).map_err(Error::json(&state_name))?;
-    if state.quant_type != "nf4"
+    if state.quant_type != quant_type.name()
         || state.shape != shape
         || state.blocksize == 0
         || !state.blocksize.is_multiple_of(2)
@@ -191,12 +263,14 @@ pub fn read(source: &dyn TensorSource, module: &str, shape: [usize; 2]) -> Resul
             "{} of {:?} in blocks of {}",
             state.quant_type, state.shape, state.blocksize
         );
-        return Err(Error::tensor(state_name, format!("nf4 of {shape:?}"), found));
+        let expected = format!("{} of {shape:?}", quant_type.name());
+        return Err(Error::tensor(state_name, expected, found));
     }
     let dtype = dtype_of(&state.dtype)
         .ok_or_else(|| Error::tensor(&state_name, "float32, float16 or bfloat16", &state.dtype))?;
     let blocks = (rows * cols).div_ceil(state.blocksize);
     let code = source.read_f32_checked(&quant_map, &[16])?;
+    let code = code.try_into().unwrap_or(*quant_type.code());
     Ok(Nf4Matrix {
         rows,
         cols,
@@ -205,13 +279,14 @@ pub fn read(source: &dyn TensorSource, module: &str, shape: [usize; 2]) -> Resul
         absmax: match state.nested_blocksize {
             None => Absmax::Plain(source.read_f32_checked(&absmax, &[blocks])?),
             Some(size) => {
-                let offset = state.nested_offset.filter(|offset| offset.is_finite());
+                let offset = state.nested_offset.map(|offset| offset as f32);
+                let offset = offset.filter(|offset| offset.is_finite());
                 let offset =
                     offset.ok_or_else(|| Error::tensor(&state_name, "a finite nested_offset", "none"))?;
                 Absmax::Nested(read_nested(source, (&absmax, &nested), blocks, size, offset)?)
             }
         },
-        code: code.try_into().unwrap_or(CODE),
+        code,
         dtype,
     })
 }
@@ -235,18 +310,40 @@ fn read_nested(
     })
 }
 
-/// The tensors of `matrix` under the name of `module`.
+/// Names, types and shapes of the parts of a module `[rows, cols]`, in the order of [`store`].
+pub fn plan(module: &str, [rows, cols]: [usize; 2], options: Nf4Options) -> Vec<(String, TensorInfo)> {
+    let ([weight, absmax, quant_map, state], [nested_absmax, nested_map]) =
+        part_names(module, options.quant_type);
+    let blocks = (rows * cols).div_ceil(options.block_size.max(1));
+    let info = |name, dtype, shape| (name, TensorInfo { dtype, shape });
+    let mut parts = vec![info(weight, DType::U8, vec![(rows * cols).div_ceil(2), 1])];
+    if options.double_quant {
+        parts.push(info(absmax, DType::U8, vec![blocks]));
+        let nested = blocks.div_ceil(NESTED_BLOCK);
+        parts.push(info(nested_absmax, DType::F32, vec![nested]));
+        parts.push(info(nested_map, DType::F32, vec![256]));
+    } else {
+        parts.push(info(absmax, DType::F32, vec![blocks]));
+    }
+    parts.push(info(quant_map, DType::F32, vec![16]));
+    parts.push(info(state, DType::U8, vec![STATE_BYTES]));
+    parts
+}
+
+/// The tensors of `matrix` under the name of `module`; the state ends in spaces, so that its length is known before.
 ///
 /// # Errors
 /// [`Error::Json`] if the state cannot be written, which is for numbers that are not finite.
 pub fn store(module: &str, matrix: &Nf4Matrix) -> Result<Vec<StoredPart>> {
-    let ([weight, absmax, quant_map, state_name], [nested_absmax, nested_map]) = part_names(module);
+    let quant_type = matrix.quant_type();
+    let ([weight, absmax, quant_map, state_name], [nested_absmax, nested_map]) =
+        part_names(module, quant_type);
     let floats = |name: String, values: &[f32]| {
         let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         (name, DType::F32, vec![values.len()], bytes)
     };
     let mut state = State {
-        quant_type: "nf4".to_owned(),
+        quant_type: quant_type.name().to_owned(),
         blocksize: matrix.block_size,
         dtype: matrix.dtype.to_string(),
         shape: vec![matrix.rows, matrix.cols],
@@ -268,11 +365,12 @@ pub fn store(module: &str, matrix: &Nf4Matrix) -> Result<Vec<StoredPart>> {
             stored.push(floats(nested_map, &nested.map));
             state.nested_blocksize = Some(nested.block_size);
             state.nested_dtype = Some("float32".to_owned());
-            state.nested_offset = Some(nested.offset);
+            state.nested_offset = Some(f64::from(nested.offset));
         }
     }
     stored.push(floats(quant_map, &matrix.code));
-    let state = serde_json::to_vec(&state).map_err(Error::json(&state_name))?;
+    let mut state = serde_json::to_vec(&state).map_err(Error::json(&state_name))?;
+    state.resize(state.len().max(STATE_BYTES), b' ');
     stored.push((state_name, DType::U8, vec![state.len()], state));
     Ok(stored)
 }

@@ -1,11 +1,10 @@
-//! The pass `LoRA`: fine-tuning as a step of a workflow, with Olive's parameter names.
+//! Parameters that all training passes share, with Olive's names, and the run itself.
 
 use std::sync::Arc;
 
 use olive_core::decoder::Cpu;
 use olive_core::{
-    Error, HfModel, ModelHandle, ModelKind, ParamKind, ParamSpec, Pass, PassConfig, PassContext, Result,
-    Sample,
+    Error, HfModel, ModelHandle, ParamKind, ParamSpec, PassConfig, PassContext, Result, Sample,
 };
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -19,108 +18,78 @@ use crate::trainer::TrainingData;
 /// Gives the samples that a data config describes, tokenised for a model.
 pub type SampleSource = dyn Fn(&Value, &dyn ModelHandle) -> Result<Vec<Sample>> + Send + Sync;
 
-/// Trains a LoRA adapter.
-pub struct LoraPass {
-    samples: Box<SampleSource>,
-}
-
-impl LoraPass {
-    /// A pass whose data configs `samples` resolves.
-    pub fn new(samples: Box<SampleSource>) -> Self {
-        Self { samples }
-    }
-}
-
-const fn param(
-    name: &'static str,
-    kind: ParamKind,
-    default: Option<&'static str>,
-    doc: &'static str,
-) -> ParamSpec {
-    ParamSpec {
-        name,
-        kind,
-        default,
-        doc,
-        search: &[],
-    }
-}
-
-const PARAMS: &[ParamSpec] = &[
+/// The parameters of every adapter that is trained.
+pub(super) const PARAMS: [ParamSpec; 12] = [
     ParamSpec {
         search: &["16", "32", "64"],
-        ..param("r", ParamKind::Int, Some("64"), "Rank of the adapter.")
+        ..ParamSpec::optional("r", ParamKind::Int, "64", "Rank of the adapter.")
     },
-    param(
+    ParamSpec::optional(
         "alpha",
         ParamKind::Float,
-        Some("16.0"),
+        "16.0",
         "The adapter is scaled by alpha / r.",
     ),
-    param(
+    ParamSpec::optional(
         "lora_dropout",
         ParamKind::Float,
-        Some("0.05"),
+        "0.05",
         "Share of an adapter's inputs dropped while training.",
     ),
-    param(
+    ParamSpec::optional(
         "target_modules",
         ParamKind::TextList,
-        Some("null"),
+        "null",
         "Modules that are adapted.",
     ),
-    param(
+    ParamSpec::optional(
         "modules_to_save",
         ParamKind::TextList,
-        Some("null"),
+        "null",
         "Modules trained as a whole; none can be.",
     ),
-    param(
+    ParamSpec::optional(
         "torch_dtype",
         ParamKind::OneOf(&["bfloat16", "float16", "float32"]),
-        Some("\"bfloat16\""),
+        "\"bfloat16\"",
         "Accepted; the CPU computes in fp32.",
     ),
-    param(
+    ParamSpec::optional(
         "device_map",
         ParamKind::Text,
-        Some("\"auto\""),
+        "\"auto\"",
         "Accepted; the device is the command's choice.",
     ),
-    param(
+    ParamSpec::optional(
         "allow_tf32",
         ParamKind::Bool,
-        Some("true"),
+        "true",
         "Accepted; the CPU computes in fp32.",
     ),
-    param(
+    ParamSpec::optional(
         "ephemeral_gpu_offload",
         ParamKind::Bool,
-        Some("false"),
+        "false",
         "Accepted; nothing is moved between devices.",
     ),
-    param(
-        "train_data_config",
-        ParamKind::DataConfig,
-        None,
-        "Data to train on.",
-    ),
-    param(
+    ParamSpec::required("train_data_config", ParamKind::DataConfig, "Data to train on."),
+    ParamSpec::optional(
         "eval_data_config",
         ParamKind::DataConfig,
-        Some("null"),
+        "null",
         "Data to evaluate on.",
     ),
-    param(
+    ParamSpec::optional(
         "training_args",
         ParamKind::Object,
-        Some("{}"),
+        "{}",
         "Fields of Hugging Face's TrainingArguments.",
     ),
 ];
 
+/// Their values.
 #[derive(Deserialize)]
-struct Params {
+pub(super) struct Params {
     r: i64,
     alpha: f64,
     lora_dropout: f64,
@@ -131,19 +100,23 @@ struct Params {
     training_args: Map<String, Value>,
 }
 
-const ORIGIN: &str = "pass `LoRA`";
-
 impl Params {
-    fn options(&self) -> Result<LoraOptions> {
+    /// The parameters of the pass `origin`.
+    pub fn read(origin: &str, config: &PassConfig) -> Result<Self> {
+        config.parse(origin)
+    }
+
+    /// The adapter that they describe.
+    pub fn options(&self, origin: &str) -> Result<LoraOptions> {
         if let Some(modules) = self.modules_to_save.as_ref().filter(|list| !list.is_empty()) {
-            let what = format!("modules_to_save = {}", modules.join(", "));
+            let what = format!("modules_to_save = {} of the {origin}", modules.join(", "));
             return Err(Error::unsupported(
                 what,
                 "only low-rank parts are trained; remove it",
             ));
         }
         let r = usize::try_from(self.r)
-            .map_err(|_| Error::config(ORIGIN, "r", "a rank above 0", self.r.to_string()))?;
+            .map_err(|_| Error::config(origin, "r", "a rank above 0", self.r.to_string()))?;
         Ok(LoraOptions {
             r,
             alpha: self.alpha,
@@ -153,53 +126,35 @@ impl Params {
         })
     }
 
-    fn arguments(&self) -> Result<TrainingArguments> {
+    /// Refuses what a run would refuse and can be known before.
+    pub fn check(&self, model: &dyn ModelHandle, options: &LoraOptions) -> Result<()> {
+        options.adapted_linears(model.spec())?;
+        TrainingArguments::from_pairs(self.training_args.clone()).map(|_| ())
+    }
+
+    /// Trains the adapter `options` of `model`; the handle is that of the output folder.
+    pub fn train(
+        &self,
+        model: &dyn ModelHandle,
+        options: &LoraOptions,
+        samples: &SampleSource,
+        context: &PassContext<'_>,
+    ) -> Result<Arc<dyn ModelHandle>> {
         let (arguments, warnings) = TrainingArguments::from_pairs(self.training_args.clone())?;
         for warning in warnings {
             tracing::warn!("{warning}");
         }
-        Ok(arguments)
-    }
-}
-
-impl Pass for LoraPass {
-    fn name(&self) -> &'static str {
-        "LoRA"
-    }
-
-    fn params(&self) -> &'static [ParamSpec] {
-        PARAMS
-    }
-
-    fn transforms(&self) -> (ModelKind, ModelKind) {
-        (ModelKind::HuggingFace, ModelKind::HuggingFace)
-    }
-
-    fn check(&self, model: &dyn ModelHandle, config: &PassConfig) -> Result<()> {
-        let params: Params = config.parse(ORIGIN)?;
-        params.options()?.adapted_linears(model.spec())?;
-        TrainingArguments::from_pairs(params.training_args.clone()).map(|_| ())
-    }
-
-    fn run(
-        &self,
-        model: &dyn ModelHandle,
-        config: &PassConfig,
-        context: &PassContext<'_>,
-    ) -> Result<Arc<dyn ModelHandle>> {
-        let params: Params = config.parse(ORIGIN)?;
-        let (options, arguments) = (params.options()?, params.arguments()?);
-        let train = (self.samples)(&params.train_data_config, model)?;
-        let eval = params
+        let train = samples(&self.train_data_config, model)?;
+        let eval = self
             .eval_data_config
             .as_ref()
-            .map(|config| (self.samples)(config, model))
+            .map(|config| samples(config, model))
             .transpose()?;
         let data = TrainingData {
             train: &train,
             eval: eval.as_deref(),
         };
-        let report = finetune::<Cpu>(model, data, &options, &arguments, context)?;
+        let report = finetune::<Cpu>(model, data, options, &arguments, context)?;
         tracing::info!(
             "{} steps, loss {:?} to {:?}",
             report.steps,

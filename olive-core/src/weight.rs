@@ -78,8 +78,14 @@ impl WeightKind {
         let matrix = match self {
             Self::Dense(values, dtype) => {
                 let bytes = dtype.from_f32(values);
-                let bytes = bytes.ok_or_else(|| Error::tensor(module, "a floating-point type", dtype.to_string()))?;
-                return Ok(vec![(format!("{module}.weight"), *dtype, vec![values.len()], bytes)]);
+                let bytes =
+                    bytes.ok_or_else(|| Error::tensor(module, "a floating-point type", dtype.to_string()))?;
+                return Ok(vec![(
+                    format!("{module}.weight"),
+                    *dtype,
+                    vec![values.len()],
+                    bytes,
+                )]);
             }
             Self::Nf4(matrix) => return nf4::store(module, matrix),
             Self::Packed(matrix) => matrix,
@@ -89,7 +95,9 @@ impl WeightKind {
         let named = |parts: Vec<(&str, DType, Vec<usize>, Vec<u8>)>| {
             let name = |part: &str| format!("{module}.{part}");
             let parts = parts.into_iter();
-            parts.map(|(part, dtype, shape, bytes)| (name(part), dtype, shape, bytes)).collect()
+            parts
+                .map(|(part, dtype, shape, bytes)| (name(part), dtype, shape, bytes))
+                .collect()
         };
         match Method::of(quantization)? {
             Method::Awq => {
@@ -104,7 +112,11 @@ impl WeightKind {
                 let stored = gptq::store(matrix, version)?;
                 let bytes = [stored.qweight, stored.qzeros, stored.scales, stored.g_idx];
                 let parts = gptq::plan(matrix).into_iter().zip(bytes);
-                Ok(named(parts.map(|((part, dtype, shape), bytes)| (part, dtype, shape, bytes)).collect()))
+                Ok(named(
+                    parts
+                        .map(|((part, dtype, shape), bytes)| (part, dtype, shape, bytes))
+                        .collect(),
+                ))
             }
             Method::Olive => olive::store(module, matrix),
             Method::CompressedTensors => compressed_tensors::store(module, matrix),
@@ -246,7 +258,9 @@ impl Method {
             "compressed-tensors" => {
                 unsupported(format!(" and format `{format}`"), "olive reads `pack-quantized`")
             }
-            "bitsandbytes" if quantization.load_in_4bit && matches!(quant_type, "nf4" | "fp4") => Ok(Self::Nf4),
+            "bitsandbytes" if quantization.load_in_4bit && matches!(quant_type, "nf4" | "fp4") => {
+                Ok(Self::Nf4)
+            }
             "bitsandbytes" => unsupported(
                 format!(" and type `{quant_type}`"),
                 "olive reads 4-bit `nf4` and `fp4`",

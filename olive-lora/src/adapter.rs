@@ -109,7 +109,12 @@ impl Adapter {
                     true => Some(row_norms(model, &place)?),
                     false => None,
                 };
-                Ok(AdapterModule { place, a, b, magnitude })
+                Ok(AdapterModule {
+                    place,
+                    a,
+                    b,
+                    magnitude,
+                })
             })
             .collect::<Result<_>>()?;
         Ok(Self { options, modules })
@@ -166,13 +171,22 @@ impl Adapter {
 
     /// Trainable numbers.
     pub fn parameters(&self) -> usize {
-        self.modules.iter().flat_map(AdapterModule::parts).map(Vec::len).sum()
+        self.modules
+            .iter()
+            .flat_map(AdapterModule::parts)
+            .map(Vec::len)
+            .sum()
     }
 
     /// `<module>.<part>` of everything that is trained, in the order of [`AdapterModule::parts`].
     pub(crate) fn part_names(&self) -> Vec<String> {
         let count = AdapterModule::count(self.options.use_dora);
-        let of = |module: &AdapterModule| PARTS[..count].iter().map(|part| format!("{}.{part}", module.place.linear.name)).collect::<Vec<_>>();
+        let of = |module: &AdapterModule| {
+            PARTS[..count]
+                .iter()
+                .map(|part| format!("{}.{part}", module.place.linear.name))
+                .collect::<Vec<_>>()
+        };
         self.modules.iter().flat_map(of).collect()
     }
 
@@ -209,7 +223,9 @@ impl Adapter {
     pub(crate) fn tensors(&self) -> Vec<(String, TensorInfo, Vec<u8>)> {
         let mut tensors = Vec::new();
         for module in &self.modules {
-            let named = AdapterModule::names(&module.place).into_iter().zip(AdapterModule::shapes(&module.place));
+            let named = AdapterModule::names(&module.place)
+                .into_iter()
+                .zip(AdapterModule::shapes(&module.place));
             for ((name, shape), values) in named.zip(module.parts()) {
                 tensors.push(f32_tensor(name, &shape, values));
             }
@@ -254,9 +270,14 @@ impl Adapter {
 
 /// `‖W‖` of each row of a base's linear, `[out]`.
 fn row_norms(model: &dyn ModelHandle, place: &AdaptedLinear) -> Result<Vec<f32>> {
-    let weight = LinearWeight::read(model.tensors(), model.spec(), &place.linear)?.weight.into_dense();
+    let weight = LinearWeight::read(model.tensors(), model.spec(), &place.linear)?
+        .weight
+        .into_dense();
     let norm = |row: &[f32]| row.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt() as f32;
-    Ok(weight.chunks_exact(place.linear.in_features.max(1)).map(norm).collect())
+    Ok(weight
+        .chunks_exact(place.linear.in_features.max(1))
+        .map(norm)
+        .collect())
 }
 
 /// A tensor in the form that [`write_file`] takes.

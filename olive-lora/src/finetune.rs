@@ -14,14 +14,14 @@ use std::path::Path;
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
-use olive_core::{Error, ModelConfigFile, ModelHandle, ModelKind, PassContext, Result, Sample, fsio};
+use olive_core::{Error, ModelHandle, ModelKind, PassContext, Result, Sample, fsio};
 use serde::Serialize;
-use serde_json::{Map, Value, json};
 
 use crate::adapter::{Adapter, WEIGHTS_FILE};
 use crate::arguments::{Resume, TrainingArguments};
 use crate::checkpoint::{self, INTERRUPTED_FOLDER, Snapshot};
 use crate::options::LoraOptions;
+use crate::output::{MODEL_FOLDER, write_model_config};
 use crate::peft_config::CONFIG_FILE;
 use crate::trainer::{RunIdentity, Start, Trainer, TrainingData};
 use crate::{loss_svg, train_log};
@@ -53,6 +53,18 @@ pub struct TrainReport {
     pub resumed_from: Option<usize>,
 }
 
+impl TrainReport {
+    /// Logs the run in a line.
+    pub(crate) fn say(&self) {
+        tracing::info!(
+            "{} steps, loss {:?} to {:?}",
+            self.steps,
+            self.first_loss,
+            self.final_loss
+        );
+    }
+}
+
 /// Trains a LoRA adapter on backend `B` and writes Olive's output folder to [`PassContext::output`].
 ///
 /// An interrupted run leaves a checkpoint, and the same call continues from it; the files of the result are the same
@@ -69,8 +81,20 @@ pub fn finetune<B: Backend>(
     arguments: &TrainingArguments,
     context: &PassContext<'_>,
 ) -> Result<TrainReport> {
-    let started = Instant::now();
     check_model(model)?;
+    finetune_over::<B>(model, model.path(), data, lora, arguments, context)
+}
+
+/// As [`finetune`], with `shown` as the folder of the model that the result names.
+pub(crate) fn finetune_over<B: Backend>(
+    model: &dyn ModelHandle,
+    shown: &Path,
+    data: TrainingData<'_>,
+    lora: &LoraOptions,
+    arguments: &TrainingArguments,
+    context: &PassContext<'_>,
+) -> Result<TrainReport> {
+    let started = Instant::now();
     let adapter = match &lora.initial_adapter {
         Some(folder) => initial(folder, model, lora)?,
         None => Adapter::new(model, lora, arguments.seed)?,
@@ -97,7 +121,7 @@ pub fn finetune<B: Backend>(
     let training = Instant::now();
     let snapshot = trainer.run()?;
     let training_seconds = training.elapsed().as_secs_f64();
-    write_output(model, &snapshot, &base_model, context.output)?;
+    write_output(shown, &snapshot, &base_model, context.output)?;
     let state = &snapshot.state;
     let last = |pick: fn(&train_log::LogEntry) -> Option<f64>| state.log_history.iter().rev().find_map(pick);
     Ok(TrainReport {
@@ -115,7 +139,7 @@ pub fn finetune<B: Backend>(
     })
 }
 
-fn check_model(model: &dyn ModelHandle) -> Result<()> {
+pub(crate) fn check_model(model: &dyn ModelHandle) -> Result<()> {
     if model.kind() != ModelKind::HuggingFace {
         let what = format!("fine-tuning `{}`", model.path().display());
         return Err(Error::unsupported(what, "it is an ONNX model"));
@@ -220,8 +244,8 @@ fn start(
 }
 
 /// Writes the result; what describes the folder comes last.
-fn write_output(model: &dyn ModelHandle, snapshot: &Snapshot, base_model: &str, output: &Path) -> Result<()> {
-    link_model(model.path(), &output.join("model"))?;
+fn write_output(model: &Path, snapshot: &Snapshot, base_model: &str, output: &Path) -> Result<()> {
+    link_model(model, &output.join(MODEL_FOLDER))?;
     let history = &snapshot.state.log_history;
     train_log::write(output, history)?;
     fsio::write(
@@ -229,17 +253,7 @@ fn write_output(model: &dyn ModelHandle, snapshot: &Snapshot, base_model: &str, 
         loss_svg::draw(history).as_bytes(),
     )?;
     snapshot.adapter.write(&output.join("adapter"), base_model)?;
-    let config =
-        json!({ "model_path": "model", "adapter_path": "adapter", "task": "text-generation-with-past" });
-    let config = match config {
-        Value::Object(map) => map,
-        _ => Map::new(),
-    };
-    let file = ModelConfigFile {
-        kind: "HfModel".to_owned(),
-        config,
-    };
-    file.write(output)?;
+    write_model_config(output, Some("adapter"))?;
     checkpoint::remove(&output.join(INTERRUPTED_FOLDER))
 }
 

@@ -17,9 +17,7 @@ use std::path::Path;
 use olive_core::packed::nf4::STATE_BYTES;
 use olive_core::packed::olive::StoredPart;
 use olive_core::weight::{WeightKind, stored_names};
-use olive_core::{
-    DType, Error, ModelHandle, ModelKind, PassContext, Result, TensorInfo, TensorSource, fsio,
-};
+use olive_core::{DType, Error, ModelHandle, ModelKind, PassContext, Result, TensorInfo, TensorSource, fsio};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -106,15 +104,27 @@ impl Sums {
     }
 
     fn kept(self) -> f64 {
-        if self.change > 0.0 { self.along / self.change } else { 1.0 }
+        if self.change > 0.0 {
+            self.along / self.change
+        } else {
+            1.0
+        }
     }
 
     fn relative_error(self) -> f64 {
-        if self.change > 0.0 { (self.error / self.change).sqrt() } else { 0.0 }
+        if self.change > 0.0 {
+            (self.error / self.change).sqrt()
+        } else {
+            0.0
+        }
     }
 
     fn relative_change(self) -> f64 {
-        if self.weight > 0.0 { (self.change / self.weight).sqrt() } else { 0.0 }
+        if self.weight > 0.0 {
+            (self.change / self.weight).sqrt()
+        } else {
+            0.0
+        }
     }
 }
 
@@ -139,7 +149,10 @@ pub fn merge(
     output::check_replaceable(model, context.output)?;
     let dense = is_dense_result(model, layout);
     let work = plan(model, &adapter, dense)?;
-    let replacements: Vec<Replacement> = work.iter().map(|work| work.replacement(model)).collect::<Result<_>>()?;
+    let replacements: Vec<Replacement> = work
+        .iter()
+        .map(|work| work.replacement(model))
+        .collect::<Result<_>>()?;
     fsio::create_dir(context.output)?;
     let mut modules = Vec::new();
     let mut all = Sums::default();
@@ -335,31 +348,32 @@ fn rounded(name: &str, values: &[f32], dtype: DType) -> Result<Vec<f32>> {
 fn apply(module: &AdapterModule, weight: &mut [f32]) {
     let (rank, cols) = (module.place.rank, module.place.linear.in_features);
     let scaling = module.place.scaling as f32;
-    weight
-        .par_chunks_mut(cols.max(1))
-        .enumerate()
-        .for_each_init(
-            || vec![0.0f32; cols],
-            |product, (row, weight)| {
-                product.fill(0.0);
-                for (a, b) in module
-                    .a
-                    .chunks_exact(cols)
-                    .zip(&module.b[row * rank..(row + 1) * rank])
-                {
-                    for (sum, a) in product.iter_mut().zip(a) {
-                        *sum += b * a;
-                    }
+    weight.par_chunks_mut(cols.max(1)).enumerate().for_each_init(
+        || vec![0.0f32; cols],
+        |product, (row, weight)| {
+            product.fill(0.0);
+            for (a, b) in module
+                .a
+                .chunks_exact(cols)
+                .zip(&module.b[row * rank..(row + 1) * rank])
+            {
+                for (sum, a) in product.iter_mut().zip(a) {
+                    *sum += b * a;
                 }
-                for (w, delta) in weight.iter_mut().zip(&*product) {
-                    *w += delta * scaling;
-                }
-                if let Some(magnitude) = &module.magnitude {
-                    let norm = weight.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt();
-                    // A row of zeros has no direction, and stays as it is.
-                    let gain = if norm > 0.0 { f64::from(magnitude[row]) / norm } else { 1.0 };
-                    weight.iter_mut().for_each(|w| *w *= gain as f32);
-                }
-            },
-        );
+            }
+            for (w, delta) in weight.iter_mut().zip(&*product) {
+                *w += delta * scaling;
+            }
+            if let Some(magnitude) = &module.magnitude {
+                let norm = weight.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>().sqrt();
+                // A row of zeros has no direction, and stays as it is.
+                let gain = if norm > 0.0 {
+                    f64::from(magnitude[row]) / norm
+                } else {
+                    1.0
+                };
+                weight.iter_mut().for_each(|w| *w *= gain as f32);
+            }
+        },
+    );
 }

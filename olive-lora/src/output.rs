@@ -122,7 +122,11 @@ pub(crate) fn check_replaceable(model: &dyn ModelHandle, output: &Path) -> Resul
         _ => false,
     };
     if same(&target, model.path()) {
-        return Err(Error::file(target, "another folder than the input's", "the input"));
+        return Err(Error::file(
+            target,
+            "another folder than the input's",
+            "the input",
+        ));
     }
     if ModelConfigFile::read(output)?.is_none() {
         let found = "a folder that no earlier run has described in `model_config.json`";

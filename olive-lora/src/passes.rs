@@ -1,16 +1,26 @@
 //! Passes of a workflow, one file each, and what those that train have in common.
 
 mod common;
+mod dora;
 mod lora;
+mod merge;
+mod qlora;
 
 use std::sync::Arc;
 
 use olive_core::workflow::registry::PassRegistry;
 
 pub use common::SampleSource;
+pub use dora::DoraPass;
 pub use lora::LoraPass;
+pub use merge::MergeAdapterWeightsPass;
+pub use qlora::QloraPass;
 
-/// Adds every pass of this crate: `LoRA`. `samples` resolves the data configs of those that train.
+/// Adds every pass of this crate: `LoRA`, `QLoRA`, `DoRA` and `MergeAdapterWeights`. `samples` resolves the data
+/// configs of those that train.
 pub fn register_passes(registry: &mut PassRegistry, samples: Arc<SampleSource>) {
-    registry.register(Box::new(LoraPass::new(samples)));
+    registry.register(Box::new(LoraPass::new(Arc::clone(&samples))));
+    registry.register(Box::new(QloraPass::new(Arc::clone(&samples))));
+    registry.register(Box::new(DoraPass::new(samples)));
+    registry.register(Box::new(MergeAdapterWeightsPass));
 }

@@ -4,5 +4,6 @@
 
 mod anchors;
 mod families;
+mod merging;
 mod protobuf;
 mod tidy;

@@ -158,7 +158,11 @@ mod tests {
 
     /// `W + s B A` in double precision.
     fn whole(weight: &[f64], a: &[f64], b: &[f64]) -> Vec<f64> {
-        let low = |i: usize| (0..RANK).map(|r| b[i / INPUTS * RANK + r] * a[r * INPUTS + i % INPUTS]).sum::<f64>();
+        let low = |i: usize| {
+            (0..RANK)
+                .map(|r| b[i / INPUTS * RANK + r] * a[r * INPUTS + i % INPUTS])
+                .sum::<f64>()
+        };
         (0..weight.len()).map(|i| weight[i] + SCALING * low(i)).collect()
     }
 
@@ -176,7 +180,11 @@ mod tests {
             for out in 0..OUTPUTS {
                 let dot = |weight: &[f64], dropped: bool| {
                     let term = |i: usize| {
-                        let kept = if dropped { f64::from(mask[row * INPUTS + i]) } else { 1.0 };
+                        let kept = if dropped {
+                            f64::from(mask[row * INPUTS + i])
+                        } else {
+                            1.0
+                        };
                         x[row * INPUTS + i] * kept * weight[out * INPUTS + i]
                     };
                     (0..INPUTS).map(term).sum::<f64>()
@@ -193,7 +201,8 @@ mod tests {
     fn value_and_gradients_agree_with_the_formula_in_double_precision() {
         let values: Vec<u8> = (0..OUTPUTS * INPUTS).map(|i| (i * 7 % 16) as u8).collect();
         let scales = (0..OUTPUTS).map(|i| 0.02 + i as f32 * 0.001).collect();
-        let matrix = QuantMatrix::pack([OUTPUTS, INPUTS], 4, INPUTS, &values, (scales, DType::F32), None).unwrap();
+        let matrix =
+            QuantMatrix::pack([OUTPUTS, INPUTS], 4, INPUTS, &values, (scales, DType::F32), None).unwrap();
         let dense = matrix.dequantize();
         let weight = wide(&dense);
         let bases = [
@@ -211,7 +220,11 @@ mod tests {
         let held = norms(&whole(&weight, &wide(&a), &wide(&b)));
         for base in bases {
             for probability in [0.0, 0.4] {
-                let mut linear = Linear { weight: base.clone(), bias: None, low_rank: None };
+                let mut linear = Linear {
+                    weight: base.clone(),
+                    bias: None,
+                    low_rank: None,
+                };
                 let part = LowRank {
                     a: tensor(a.clone(), [RANK, INPUTS]),
                     b: tensor(b.clone(), [OUTPUTS, RANK]),
@@ -229,7 +242,10 @@ mod tests {
                 let expected = reference(&points, &weight, &held, &mask, &w);
                 let y: Vec<f32> = y.into_data().into_vec().unwrap();
                 let found: f64 = y.iter().zip(&w).map(|(y, w)| f64::from(*y) * f64::from(*w)).sum();
-                assert!((found - expected).abs() < 1e-4 * expected.abs().max(1.0), "{found} {expected}");
+                assert!(
+                    (found - expected).abs() < 1e-4 * expected.abs().max(1.0),
+                    "{found} {expected}"
+                );
 
                 let dy = tensor(w.clone(), [ROWS, OUTPUTS]);
                 let (dx, gradient) = linear.backward_rows(&input, tape, dy, &dropout);
@@ -251,7 +267,10 @@ mod tests {
                         };
                         let expected = (at(1e-4) - at(-1e-4)) / 2e-4;
                         let off = (f64::from(*found) - expected).abs();
-                        assert!(off < 2e-5 * f64::from(size), "argument {which}, {i}, p {probability}: {found} {expected}");
+                        assert!(
+                            off < 2e-5 * f64::from(size),
+                            "argument {which}, {i}, p {probability}: {found} {expected}"
+                        );
                     }
                 }
             }

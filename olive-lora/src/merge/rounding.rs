@@ -24,7 +24,10 @@ pub fn integers(matrix: &QuantMatrix, wanted: &[f32]) -> Result<QuantMatrix> {
         .zip(matrix.scales.par_iter().zip(&zeros))
         .map(|(values, (scale, zero))| best_group(matrix, values, *scale, *zero))
         .collect();
-    let codes: Vec<u8> = groups.iter().flat_map(|group| group.codes.iter().copied()).collect();
+    let codes: Vec<u8> = groups
+        .iter()
+        .flat_map(|group| group.codes.iter().copied())
+        .collect();
     let scales = groups.iter().map(|group| group.scale).collect();
     let zeros: Option<Vec<u8>> = matrix
         .zeros
@@ -60,7 +63,10 @@ fn grid(matrix: &QuantMatrix, values: &[f32], span: f32) -> Option<(f32, u8)> {
     let middle = 1u32 << (matrix.bits - 1);
     let (scale, zero) = match matrix.zeros {
         // From `-middle` to `middle - 1` steps.
-        None => ((-low / middle as f32).max(high / (middle - 1) as f32), middle as f32),
+        None => (
+            (-low / middle as f32).max(high / (middle - 1) as f32),
+            middle as f32,
+        ),
         Some(_) => {
             let scale = (high - low) / most;
             (scale, (-low / scale).round_ties_even())
@@ -109,7 +115,9 @@ mod tests {
         let (rows, cols, group) = (6, 64, 32);
         let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 7 % 16) as u8).collect();
         let zero: Vec<u8> = (0..rows * cols / group).map(|i| (4 + i % 8) as u8).collect();
-        let scales = (0..rows * cols / group).map(|i| dtype.round(0.01 + 0.003 * i as f32)).collect();
+        let scales = (0..rows * cols / group)
+            .map(|i| dtype.round(0.01 + 0.003 * i as f32))
+            .collect();
         QuantMatrix::pack(
             [rows, cols],
             4,
@@ -133,15 +141,25 @@ mod tests {
     fn no_other_grid_of_the_search_is_better_and_large_changes_survive() {
         for zeros in [true, false] {
             let matrix = matrix(zeros, DType::F16);
-            let wanted: Vec<f32> = (0..6 * 64).map(|i| ((i * 37 % 101) as f32 / 50.0 - 1.0) * 1.7).collect();
+            let wanted: Vec<f32> = (0..6 * 64)
+                .map(|i| ((i * 37 % 101) as f32 / 50.0 - 1.0) * 1.7)
+                .collect();
             let stored = integers(&matrix, &wanted).unwrap();
             assert_eq!(stored.zeros.is_some(), zeros);
-            assert!(stored.scales.iter().all(|scale| DType::F16.round(*scale) == *scale));
+            assert!(
+                stored
+                    .scales
+                    .iter()
+                    .all(|scale| DType::F16.round(*scale) == *scale)
+            );
             for (group, (got, want)) in stored.dequantize().chunks(32).zip(wanted.chunks(32)).enumerate() {
                 let scale = stored.scales[group];
                 for (got, want) in got.iter().zip(want) {
                     // Clipping moves an end by at most a fifth of the range.
-                    assert!((got - want).abs() <= 0.5 * scale + 0.2 * 1.7, "{group}: {got} {want}");
+                    assert!(
+                        (got - want).abs() <= 0.5 * scale + 0.2 * 1.7,
+                        "{group}: {got} {want}"
+                    );
                 }
                 let error: f32 = got.iter().zip(want).map(|(g, w)| (g - w).powi(2)).sum();
                 for span in SPANS {

@@ -132,6 +132,30 @@ impl Params {
         TrainingArguments::from_pairs(self.training_args.clone()).map(|_| ())
     }
 
+    /// Reads data and arguments and hands them to `train`.
+    pub fn with_data<T>(
+        &self,
+        model: &dyn ModelHandle,
+        samples: &SampleSource,
+        train: impl FnOnce(TrainingData<'_>, &TrainingArguments) -> Result<T>,
+    ) -> Result<T> {
+        let (arguments, warnings) = TrainingArguments::from_pairs(self.training_args.clone())?;
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        let own = samples(&self.train_data_config, model)?;
+        let eval = self
+            .eval_data_config
+            .as_ref()
+            .map(|config| samples(config, model))
+            .transpose()?;
+        let data = TrainingData {
+            train: &own,
+            eval: eval.as_deref(),
+        };
+        train(data, &arguments)
+    }
+
     /// Trains the adapter `options` of `model`; the handle is that of the output folder.
     pub fn train(
         &self,
@@ -140,27 +164,29 @@ impl Params {
         samples: &SampleSource,
         context: &PassContext<'_>,
     ) -> Result<Arc<dyn ModelHandle>> {
-        let (arguments, warnings) = TrainingArguments::from_pairs(self.training_args.clone())?;
-        for warning in warnings {
-            tracing::warn!("{warning}");
-        }
-        let train = samples(&self.train_data_config, model)?;
-        let eval = self
-            .eval_data_config
-            .as_ref()
-            .map(|config| samples(config, model))
-            .transpose()?;
-        let data = TrainingData {
-            train: &train,
-            eval: eval.as_deref(),
-        };
-        let report = finetune::<Cpu>(model, data, options, &arguments, context)?;
-        tracing::info!(
-            "{} steps, loss {:?} to {:?}",
-            report.steps,
-            report.first_loss,
-            report.final_loss
-        );
+        let report = self.with_data(model, samples, |data, arguments| {
+            finetune::<Cpu>(model, data, options, arguments, context)
+        })?;
+        report.say();
         Ok(Arc::new(HfModel::open(context.output)?))
     }
+}
+
+/// Both lists of parameters, one after the other.
+pub(super) const fn concat<const A: usize, const B: usize, const ALL: usize>(
+    first: [ParamSpec; A],
+    second: [ParamSpec; B],
+) -> [ParamSpec; ALL] {
+    assert!(A + B == ALL, "invariant: as long as both");
+    let mut all = [first[0]; ALL];
+    let mut index = 0;
+    while index < ALL {
+        all[index] = if index < A {
+            first[index]
+        } else {
+            second[index - A]
+        };
+        index += 1;
+    }
+    all
 }

@@ -148,6 +148,12 @@ RUNS = {
         "examples": EXAMPLES,
         "training": {"weight_decay": 0.1, "adam_beta2": 0.95, "adam_epsilon": 1e-6, "max_grad_norm": 0.0, "seed": 1},
     },
+    "dora": {
+        "lora": {"r": 4, "lora_alpha": 8, "use_dora": True},
+        "targets": EVERY,
+        "examples": EXAMPLES,
+        "training": {"max_steps": 24, "weight_decay": 0.01, "seed": 3},
+    },
 }
 
 
@@ -331,7 +337,8 @@ def make_run(checkpoint, name, run, examples):
             "use_rslora": lora.use_rslora,
             "lora_dropout": 0.0,
             "target_modules": run["targets"][checkpoint],
-        },
+        }
+        | ({"use_dora": True} if lora.use_dora else {}),
         "training": settings,
         "float64_max_loss_difference": noise,
     } | record

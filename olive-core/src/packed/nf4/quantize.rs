@@ -52,7 +52,11 @@ pub fn quantize(
         double_quant,
     } = options;
     if block_size == 0 || !block_size.is_multiple_of(2) {
-        return Err(Error::tensor(name, "blocks of an even size", block_size.to_string()));
+        return Err(Error::tensor(
+            name,
+            "blocks of an even size",
+            block_size.to_string(),
+        ));
     }
     if weight.len() != rows * cols || !weight.len().is_multiple_of(2) {
         let expected = format!("{rows} x {cols} values, an even number of them");
@@ -127,10 +131,10 @@ pub fn dynamic_map() -> Vec<f32> {
     for decade in 0..7 {
         let count = 1usize << decade;
         let step = (1.0 - 0.1f32) / count as f32;
-        // As `torch.linspace` counts: from the nearer end.
-        let bound = |i: usize| match i <= count / 2 {
-            true => 0.1 + step * i as f32,
-            false => 1.0 - step * (count - i) as f32,
+        // As `torch.linspace` counts: from the nearer end, products and sums rounded once.
+        let bound = |i: usize| match i < count.div_ceil(2) {
+            true => step.mul_add(i as f32, 0.1),
+            false => (-step).mul_add((count - i) as f32, 1.0),
         };
         let magnitude = 10f64.powi(decade - 6) as f32;
         for i in 0..count {
@@ -233,7 +237,7 @@ mod tests {
     /// Codes, magnitudes, maps and states of bitsandbytes itself, and the values that it gives back.
     #[test]
     fn bytes_are_those_of_bitsandbytes() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/bitsandbytes");
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/nf4");
         let golden = Checkpoint::open_files(&folder, vec![folder.join("quantized.safetensors")]).unwrap();
         let source: &dyn TensorSource = &golden;
         let mut checked = 0;
@@ -244,7 +248,11 @@ mod tests {
             for (quant_type, type_name) in [(QuantType::Nf4, "nf4"), (QuantType::Fp4, "fp4")] {
                 for double in [false, true] {
                     let module = format!("{case}.{type_name}.{}", if double { "double" } else { "plain" });
-                    let options = |double_quant| Nf4Options { quant_type, block_size: BLOCK, double_quant };
+                    let options = |double_quant| Nf4Options {
+                        quant_type,
+                        block_size: BLOCK,
+                        double_quant,
+                    };
                     let ours = quantize(&module, &weight, shape, options(double), info.dtype).unwrap();
                     let theirs = nf4::read(source, &module, shape).unwrap();
                     assert_eq!(ours.values, theirs.values, "{module}");
@@ -255,8 +263,11 @@ mod tests {
                             // Their mean is a single-precision sum whose order depends on the processor.
                             let off = (ours.offset / theirs.offset - 1.0).abs();
                             assert!(off < 1e-6, "{module}: {} {}", ours.offset, theirs.offset);
-                            let plain = quantize(&module, &weight, shape, options(false), info.dtype).unwrap();
-                            let Absmax::Plain(plain) = plain.absmax else { panic!() };
+                            let plain =
+                                quantize(&module, &weight, shape, options(false), info.dtype).unwrap();
+                            let Absmax::Plain(plain) = plain.absmax else {
+                                panic!()
+                            };
                             assert_eq!(&nest_from(&plain, theirs.offset), theirs, "{module}");
                         }
                         _ => panic!("{module}: one is nested, the other is not"),
@@ -274,7 +285,8 @@ mod tests {
                         assert_eq!((&name, &shape), (&planned, &planned_info.shape));
                         let theirs = source.bytes(&name).unwrap();
                         if name.contains("quant_state") {
-                            let state = |bytes: &[u8]| serde_json::from_slice::<serde_json::Value>(bytes).unwrap();
+                            let state =
+                                |bytes: &[u8]| serde_json::from_slice::<serde_json::Value>(bytes).unwrap();
                             assert_eq!(state(&bytes), state(&theirs), "{name}");
                         } else {
                             assert_eq!((info.dtype, &info.shape), (dtype, &shape), "{name}");

@@ -1,0 +1,82 @@
+//! The pass `MergeAdapterWeights`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use olive_core::{
+    Error, HfModel, ModelHandle, ModelKind, ParamKind, ParamSpec, Pass, PassConfig, PassContext, Result,
+};
+use serde::Deserialize;
+
+use crate::merge::{MergeLayout, merge};
+
+const ORIGIN: &str = "pass `MergeAdapterWeights`";
+
+const PARAMS: &[ParamSpec] = &[
+    ParamSpec::optional(
+        "layout",
+        ParamKind::OneOf(&["auto", "same", "dense"]),
+        "\"auto\"",
+        "What a packed base becomes: its own layout again, or dense; auto is dense for NF4 and FP4.",
+    ),
+    ParamSpec::optional(
+        "base_model_path",
+        ParamKind::Text,
+        "null",
+        "A folder whose weights the adapter is merged into instead of the model's own.",
+    ),
+];
+
+#[derive(Deserialize)]
+struct Params {
+    layout: String,
+    base_model_path: Option<PathBuf>,
+}
+
+/// Merges a model's adapter into its weights.
+pub struct MergeAdapterWeightsPass;
+
+impl Pass for MergeAdapterWeightsPass {
+    fn name(&self) -> &'static str {
+        "MergeAdapterWeights"
+    }
+
+    fn params(&self) -> &'static [ParamSpec] {
+        PARAMS
+    }
+
+    fn transforms(&self) -> (ModelKind, ModelKind) {
+        (ModelKind::HuggingFace, ModelKind::HuggingFace)
+    }
+
+    fn input_files(&self, config: &PassConfig) -> Vec<PathBuf> {
+        let params = config.parse::<Params>(ORIGIN).ok();
+        params
+            .and_then(|params| params.base_model_path)
+            .into_iter()
+            .collect()
+    }
+
+    fn run(
+        &self,
+        model: &dyn ModelHandle,
+        config: &PassConfig,
+        context: &PassContext<'_>,
+    ) -> Result<Arc<dyn ModelHandle>> {
+        let params: Params = config.parse(ORIGIN)?;
+        let adapter = model.adapter().ok_or_else(|| {
+            let what = format!("merging `{}`", model.path().display());
+            Error::unsupported(what, "the model has no adapter; run LoRA, QLoRA or DoRA before")
+        })?;
+        let layout = match params.layout.as_str() {
+            "same" => MergeLayout::Same,
+            "dense" => MergeLayout::Dense,
+            _ => MergeLayout::Auto,
+        };
+        match params.base_model_path {
+            Some(base) => merge(&HfModel::open(base)?, adapter, layout, context)?,
+            None => merge(model, adapter, layout, context)?,
+        };
+        Ok(Arc::new(HfModel::open(context.output)?))
+    }
+}

@@ -1,0 +1,217 @@
+//! Merging adapters: weights and logits that PEFT's `merge_and_unload` recorded (see `tests/golden/peft`).
+#![expect(clippy::unwrap_used, reason = "what fails to unwrap fails the test")]
+
+use std::path::{Path, PathBuf};
+
+use olive_core::checkpoint::{CheckpointPlan, CheckpointWriter};
+use olive_core::decoder::{Cpu, DecoderLayer, Embedding, Head, SequenceTables};
+use olive_core::{
+    CancelToken, Checkpoint, DType, HfModel, ModelHandle, NoProgress, PassContext, TensorSource, fsio,
+};
+use olive_lora::{MERGE_REPORT_FILE, MergeLayout, MergeReport, merge};
+use serde_json::{Map, Value};
+
+fn golden(part: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/golden/peft")
+        .join(part)
+}
+
+fn merged(model: &HfModel, adapter: &Path, output: &Path) -> MergeReport {
+    let context = PassContext {
+        output,
+        progress: &NoProgress,
+        cancel: &CancelToken::default(),
+    };
+    merge(model, adapter, MergeLayout::Auto, &context).unwrap()
+}
+
+/// The recorded prompt and logits of a folder.
+fn recorded(file: &Path) -> (Vec<u32>, Vec<f32>) {
+    let golden = Checkpoint::open_files(file.parent().unwrap(), vec![file.to_path_buf()]).unwrap();
+    let ids = golden.bytes("input_ids").unwrap();
+    let ids = ids
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|b| i64::from_le_bytes(*b) as u32);
+    let source: &dyn TensorSource = &golden;
+    (ids.collect(), source.read_f32("logits").unwrap())
+}
+
+fn logits(model: &HfModel, ids: &[u32]) -> Vec<f32> {
+    let (spec, source, device) = (model.spec(), model.tensors(), Default::default());
+    let embedding = Embedding::<Cpu>::load(source, spec, &device).unwrap();
+    let tables = SequenceTables::new(spec, ids.len(), &device);
+    let mut x = embedding.forward(&[ids]).unwrap();
+    for index in 0..spec.n_layers {
+        x = DecoderLayer::load(source, spec, index, &device)
+            .unwrap()
+            .forward(x, &tables);
+    }
+    let head = Head::load(source, spec, Some(&embedding), &device).unwrap();
+    head.logits(x).into_data().into_vec().unwrap()
+}
+
+fn worst(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    let pairs = found.iter().zip(expected);
+    pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// The checkpoint with every weight in bfloat16.
+fn in_bfloat16(source: &Path, target: &Path) {
+    let model = HfModel::open(source).unwrap();
+    let mut plan = CheckpointPlan::default();
+    for name in model.tensors().names() {
+        plan.push(
+            name,
+            DType::BF16,
+            model.tensors().require(name).unwrap().shape.clone(),
+        );
+    }
+    let mut writer = CheckpointWriter::create(target, &plan).unwrap();
+    for name in model.tensors().names() {
+        let values = model.tensors().read_f32(name).unwrap();
+        writer
+            .write(name, &DType::BF16.from_f32(&values).unwrap())
+            .unwrap();
+    }
+    writer.finish().unwrap();
+    let mut config: Map<String, Value> = fsio::read_json(source.join("config.json")).unwrap();
+    config.insert("torch_dtype".into(), "bfloat16".into());
+    fsio::write_json(target.join("config.json"), &config, 2).unwrap();
+}
+
+#[test]
+fn merged_weights_and_logits_are_those_of_peft() {
+    for (name, base, dtype) in [
+        ("patterns", "phi3", DType::F32),
+        ("expression", "llama", DType::F32),
+        ("dora", "llama", DType::F32),
+        ("dora-half", "phi3", DType::BF16),
+        ("half", "llama", DType::BF16),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let base = match dtype {
+            DType::F32 => golden(base),
+            _ => {
+                let half = folder.path().join("half");
+                in_bfloat16(&golden(base), &half);
+                half
+            }
+        };
+        let model = HfModel::open(&base).unwrap();
+        let case = golden("merged").join(name);
+        let output = folder.path().join("out");
+        let report = merged(&model, &case.join("adapter"), &output);
+        let result = HfModel::open(&output).unwrap();
+        assert!(result.adapter().is_none());
+        result.check_tensors().unwrap();
+        let file = case.join("merged.safetensors");
+        let expected = Checkpoint::open_files(&case, vec![file]).unwrap();
+        assert_eq!(report.modules.len(), expected.names().len(), "{name}");
+        let mut off = 0.0f32;
+        for tensor in model.tensors().names() {
+            let Some(info) = expected.info(tensor) else {
+                assert_eq!(
+                    result.tensors().bytes(tensor).unwrap(),
+                    model.tensors().bytes(tensor).unwrap()
+                );
+                continue;
+            };
+            assert_eq!(
+                (info, info.dtype),
+                (result.tensors().info(tensor).unwrap(), dtype),
+                "{name} {tensor}"
+            );
+            let source: &dyn TensorSource = &expected;
+            let (theirs, ours) = (
+                source.read_f32(tensor).unwrap(),
+                result.tensors().read_f32(tensor).unwrap(),
+            );
+            match dtype {
+                // A step of the type: sums in another order may round to the neighbour.
+                DType::BF16 => {
+                    for (a, b) in ours.iter().zip(&theirs) {
+                        assert!((a - b).abs() <= b.abs() / 128.0, "{name} {tensor}: {a} {b}");
+                    }
+                    let equal = ours.iter().zip(&theirs).filter(|(a, b)| a == b).count();
+                    assert!(
+                        equal * 1000 >= ours.len() * 995,
+                        "{name} {tensor}: {equal} of {}",
+                        ours.len()
+                    );
+                }
+                _ => {
+                    let size = theirs.iter().fold(0.0f32, |most, w| most.max(w.abs()));
+                    off = off.max(worst(&ours, &theirs) / size);
+                }
+            }
+        }
+        let (ids, expected) = recorded(&case.join("logits.safetensors"));
+        let logits_off = worst(&logits(&result, &ids), &expected);
+        eprintln!("{name}: weights within {off:.1e}, logits within {logits_off:.1e}");
+        assert!(off <= 1e-6, "{name}: {off}");
+        // In bfloat16 theirs are computed in bfloat16, too.
+        assert!(
+            logits_off <= if dtype == DType::F32 { 1e-4 } else { 0.1 },
+            "{name}: {logits_off}"
+        );
+        assert!((report.kept - 1.0).abs() < 0.02, "{name}: {}", report.kept);
+        assert!(output.join(MERGE_REPORT_FILE).is_file());
+    }
+}
+
+#[test]
+fn trained_adapters_merged_answer_as_base_and_adapter_did() {
+    for family in ["phi3", "llama"] {
+        let model = HfModel::open(golden(family)).unwrap();
+        for run in ["constant", "linear", "accumulate", "decay", "dora"] {
+            let folder = golden("runs").join(format!("{family}-{run}"));
+            let output = tempfile::tempdir().unwrap();
+            merged(&model, &folder.join("adapter_final"), output.path());
+            let (ids, expected) = recorded(&folder.join("adapted_logits.safetensors"));
+            let found = logits(&HfModel::open(output.path()).unwrap(), &ids);
+            assert!(worst(&found, &expected) <= 1e-4, "{family} {run}");
+        }
+    }
+}
+
+#[test]
+fn merging_again_gives_the_same_bytes_and_foreign_folders_are_kept() {
+    let model = HfModel::open(golden("phi3")).unwrap();
+    let adapter = golden("merged/patterns/adapter");
+    let output = tempfile::tempdir().unwrap();
+    let read = || std::fs::read(output.path().join("model/model.safetensors")).unwrap();
+    merged(&model, &adapter, output.path());
+    let first = read();
+    merged(&model, &adapter, output.path());
+    assert!(read() == first, "the second merge wrote other bytes");
+
+    let foreign = tempfile::tempdir().unwrap();
+    std::fs::create_dir(foreign.path().join("model")).unwrap();
+    std::fs::write(foreign.path().join("model/notes.txt"), "mine").unwrap();
+    let context = PassContext {
+        output: foreign.path(),
+        progress: &NoProgress,
+        cancel: &CancelToken::default(),
+    };
+    let error = merge(&model, &adapter, MergeLayout::Auto, &context).unwrap_err();
+    assert!(error.to_string().contains("model"), "{error}");
+    assert!(foreign.path().join("model/notes.txt").is_file());
+
+    let stopped = tempfile::tempdir().unwrap();
+    let cancel = CancelToken::default();
+    cancel.cancel();
+    let context = PassContext {
+        output: stopped.path(),
+        progress: &NoProgress,
+        cancel: &cancel,
+    };
+    assert!(matches!(
+        merge(&model, &adapter, MergeLayout::Auto, &context),
+        Err(olive_core::Error::Cancelled)
+    ));
+    assert_eq!(std::fs::read_dir(stopped.path()).unwrap().count(), 0);
+}

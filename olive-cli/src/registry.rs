@@ -10,7 +10,6 @@ use olive_core::text::TextTokenizer;
 use olive_core::workflow::data::TextData;
 use olive_core::workflow::registry::{EvaluatorRegistry, HfOpener, ModelOpener, PassRegistry};
 use olive_core::{ModelHandle, Result, Sample};
-use olive_lora::LoraPass;
 use olive_onnx::OnnxModel;
 use olive_onnx::model::find_graph;
 use olive_onnx::passes::CaptureSplitInfo;
@@ -29,7 +28,7 @@ pub fn passes(memory: Option<u64>) -> PassRegistry {
     let mut registry = PassRegistry::new();
     registry.register(Box::new(AutoAwqQuantizer::new(Arc::new(calibration))));
     registry.register(Box::new(Rtn));
-    registry.register(Box::new(LoraPass::new(Box::new(samples))));
+    olive_lora::register_passes(&mut registry, Arc::new(samples));
     olive_onnx::passes::register_passes(&mut registry);
     registry.register(Box::new(CaptureSplitInfo { memory }));
     registry

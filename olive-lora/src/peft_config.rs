@@ -25,6 +25,9 @@ const DESCRIPTIVE: &[&str] = &[
     "task_type",
 ];
 
+/// Ways of initialising that change the base too: such an adapter is one of another base.
+const CHANGES_BASE: &[&str] = &["pissa", "olora", "corda", "loftq", "lora_ga"];
+
 /// Keys that are read.
 const READ: &[&str] = &[
     "alpha_pattern",
@@ -106,6 +109,12 @@ pub fn read(folder: &Path) -> Result<LoraOptions> {
     if kind != "LORA" {
         let what = format!("peft_type `{kind}` of `{origin}`");
         return Err(Error::unsupported(what, "olive reads LORA"));
+    }
+    let way = config.get("init_lora_weights").and_then(Value::as_str);
+    if let Some(way) = way.filter(|way| CHANGES_BASE.iter().any(|known| way.starts_with(known))) {
+        let what = format!("`init_lora_weights` = \"{way}\" of `{origin}`");
+        let reason = "it belongs to a changed base; have PEFT convert it to a plain adapter first";
+        return Err(Error::unsupported(what, reason));
     }
     for (key, value) in &config {
         let known = READ.contains(&key.as_str()) || DESCRIPTIVE.contains(&key.as_str());
@@ -196,6 +205,7 @@ mod tests {
         for (key, value) in [
             ("peft_type", json!("LOHA")),
             ("lora_bias", json!(true)),
+            ("init_lora_weights", json!("pissa_niter_4")),
             ("bias", json!("all")),
             ("modules_to_save", json!(["lm_head"])),
             ("some_new_option", json!(3)),

@@ -24,7 +24,7 @@ fn context(output: &Path) -> (PathBuf, CancelToken) {
 }
 
 fn samples() -> Vec<Sample> {
-    let tokenizer = TextTokenizer::open(&fixture("tiny-phi3")).unwrap();
+    let tokenizer = TextTokenizer::open(fixture("tiny-phi3")).unwrap();
     let texts = [std::fs::read_to_string(fixture("calibration-public-domain.txt")).unwrap()];
     let blocks = token_blocks(&tokenizer, &texts, 48, Some(8)).unwrap();
     blocks.into_iter().map(Sample::from_ids).collect()

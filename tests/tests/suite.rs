@@ -7,3 +7,4 @@ mod families;
 mod merging;
 mod protobuf;
 mod tidy;
+mod tones;

@@ -247,7 +247,10 @@ fn refuse_other_kinds(origin: &str, fields: &Map<String, Value>) -> Result<()> {
             }
             "peft_type" | "bias" | "r" | "lora_alpha" | "use_rslora" | "rank_pattern" | "alpha_pattern" => {}
             known if IGNORED.contains(&known) => {}
-            "use_dora" if !off(value) => return refuse(key, value, "DoRA has no form with optional inputs"),
+            "use_dora" if !off(value) => {
+                let reason = "DoRA has no form with optional inputs; MergeAdapterWeights merges it";
+                return refuse(key, value, reason);
+            }
             _ if !off(value) => return refuse(key, value, "olive reads plain LoRA adapters"),
             _ => {}
         }

@@ -10,7 +10,9 @@ mod demo;
 mod evaluate;
 mod finetune;
 mod generate;
+mod generate_adapter;
 mod model;
+mod optimize;
 mod quantize;
 mod run;
 mod search;
@@ -29,9 +31,11 @@ pub use demo::DemoArgs;
 pub use evaluate::{EvaluateArgs, Metric};
 pub use finetune::{FinetuneArgs, Method, TorchDtype};
 pub use generate::GenerateArgs;
+pub use generate_adapter::GenerateAdapterArgs;
 pub use model::{
     AcceleratorArgs, AnyModelArgs, CommonArgs, ConfigArgs, Device, ModelArgs, NoEffectArgs, Precision,
 };
+pub use optimize::{Exporter, OptimizeArgs};
 pub use quantize::{Algorithm as QuantizeAlgorithm, QuantizeArgs};
 pub use run::{RunArgs, RunPassArgs};
 pub use search::SearchArgs;
@@ -65,8 +69,12 @@ pub enum Command {
     Finetune(Box<FinetuneArgs>),
     /// Turn a model and its adapter into an ONNX model folder.
     AutoOpt(Box<AutoOptArgs>),
+    /// Quantize and convert a model for a device.
+    Optimize(Box<OptimizeArgs>),
     /// Turn a model into an ONNX model folder.
     CaptureOnnxGraph(Box<CaptureArgs>),
+    /// Turn adapter weights inside an ONNX model into inputs and a file.
+    GenerateAdapter(Box<GenerateAdapterArgs>),
     /// Turn a PEFT adapter into a file that an ONNX model loads.
     #[command(alias = "export-adapters")]
     ConvertAdapters(ConvertAdaptersArgs),
@@ -89,7 +97,9 @@ impl Command {
             Self::Quantize(args) => args.common.log_level,
             Self::Finetune(args) => args.common.log_level,
             Self::AutoOpt(args) => args.common.log_level,
+            Self::Optimize(args) => args.common.log_level,
             Self::CaptureOnnxGraph(args) => args.common.log_level,
+            Self::GenerateAdapter(args) => args.common.log_level,
             Self::ConvertAdapters(args) => args.common.log_level,
             Self::Generate(args) => args.common.log_level,
             Self::Chat(args) => args.common.log_level,

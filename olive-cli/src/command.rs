@@ -6,7 +6,9 @@ mod evaluate;
 mod export;
 mod finetune;
 mod generate;
+mod generate_adapter;
 pub mod notes;
+mod optimize;
 mod quantize;
 mod run;
 mod run_pass;
@@ -41,6 +43,8 @@ pub fn run(command: &Command, context: &Context<'_>) -> Result<()> {
         Command::Quantize(args) => quantize::run(args, context),
         Command::Finetune(args) => finetune::run(args, context),
         Command::AutoOpt(args) => export::auto_opt(args, context),
+        Command::Optimize(args) => optimize::run(args, context),
+        Command::GenerateAdapter(args) => generate_adapter::run(args, context),
         Command::CaptureOnnxGraph(args) => export::capture(args, context),
         Command::ConvertAdapters(args) => convert_adapters::run(args),
         Command::Generate(args) => generate::run(args, context),

@@ -9,6 +9,7 @@ mod demo;
 mod interrupt;
 mod logging;
 mod output;
+mod pipeline;
 mod progress;
 mod registry;
 mod report;

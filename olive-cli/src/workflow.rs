@@ -2,6 +2,7 @@
 
 use olive_core::workflow::engine::{Engine, Outcome};
 use olive_core::workflow::plan::Plan;
+use olive_core::workflow::registry::PassRegistry;
 use olive_core::workflow::schema::RunConfig;
 use olive_core::workflow::schema::document::Document;
 use olive_core::{Error, Result};
@@ -23,7 +24,9 @@ const WORK: &str = ".olive-work";
 /// A workflow that can be planned and run.
 pub struct Workflow {
     plan: Plan,
-    passes: olive_core::workflow::registry::PassRegistry,
+    passes: PassRegistry,
+    /// Whether the cache stays.
+    keep_runs: bool,
 }
 
 impl Workflow {
@@ -50,6 +53,7 @@ impl Workflow {
         Ok(Self {
             plan: Plan::new(&config, &passes)?,
             passes,
+            keep_runs: true,
         })
     }
 
@@ -71,7 +75,8 @@ impl Workflow {
         let mut top = document;
         top["cache_dir"] = Value::from(absolute(&output.join(WORK))?);
         let document = Document::from_value("command line", ".", top);
-        let workflow = Self::with_memory(&document, memory)?;
+        let mut workflow = Self::with_memory(&document, memory)?;
+        workflow.keep_runs = false;
         workflow.warn();
         let before = output.exists();
         let result = workflow.run(context);
@@ -128,6 +133,7 @@ impl Workflow {
             progress: context.progress,
             cancel: context.cancel,
             device: "cpu",
+            keep_runs: self.keep_runs,
         };
         let outcomes = engine.run(&self.plan)?;
         for outcome in &outcomes {

@@ -60,6 +60,7 @@ fn main() -> Result<()> {
         progress: &LogProgress::default(),
         cancel: &CancelToken::default(),
         device: "cpu",
+        keep_runs: true,
     };
     for outcome in engine.run(&plan)? {
         println!("{}", outcome.output_dir.display());

@@ -27,6 +27,7 @@
 //!     progress: &NoProgress,
 //!     cancel: &CancelToken::default(),
 //!     device: "cpu",
+//!     keep_runs: true,
 //! };
 //! for outcome in engine.run(&plan)? {
 //!     println!("{}", outcome.output_dir.display());

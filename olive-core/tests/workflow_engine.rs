@@ -180,6 +180,7 @@ impl Toy {
             progress: &NoProgress,
             cancel,
             device: "cpu",
+            keep_runs: true,
         };
         Ok(engine.run(&plan)?.remove(0))
     }

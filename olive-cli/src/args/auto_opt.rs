@@ -4,29 +4,19 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{CommonArgs, ConfigArgs, Device, ModelArgs, NoEffectArgs, Precision, parse_flag};
+use super::{AcceleratorArgs, AnyModelArgs, CommonArgs, ConfigArgs, NoEffectArgs, Precision, parse_flag};
 
 /// Flags of `olive auto-opt`.
 #[derive(Debug, Args)]
 pub struct AutoOptArgs {
     #[command(flatten)]
-    pub model: ModelArgs,
-    /// A PEFT folder; its weights become inputs of the graph and a file beside it
-    #[arg(short = 'a', long = "adapter_path")]
-    pub adapter_path: Option<PathBuf>,
+    pub model: AnyModelArgs,
     /// The output folder; the model is in `model/` inside of it
     #[arg(short = 'o', long = "output_path", default_value = "auto-opt-output")]
     pub output_path: PathBuf,
-    /// The device that the model is made for
-    #[arg(long = "device", default_value = "cpu")]
-    pub device: Device,
-    /// The execution provider of ONNX Runtime that the model is made for
-    #[arg(long = "provider", default_value = "CPUExecutionProvider")]
-    pub provider: String,
-    /// Accepted; the model is not split
-    #[arg(long = "memory", hide = true)]
-    pub memory: Option<String>,
-    /// The precision of weights that are not packed yet: fp32, int4 [default: fp32]
+    #[command(flatten)]
+    pub accelerator: AcceleratorArgs,
+    /// The precision of weights that are not packed yet: fp32, fp16, bf16, int8, int4, … [default: fp32]
     #[arg(long = "precision")]
     pub precision: Option<Precision>,
     /// Accepted: the folder is always made for generation
@@ -38,41 +28,41 @@ pub struct AutoOptArgs {
     /// Accepted, as `--use_model_builder`
     #[arg(long = "use_dynamo_exporter", num_args = 0..=1, default_value = "false", default_missing_value = "true", value_parser = parse_flag, hide = true)]
     pub use_dynamo_exporter: bool,
-    /// Not supported
-    #[arg(long = "use_qdq_encoding", alias = "enable-qdq-encoding", hide = true)]
+    /// DequantizeLinear and MatMul in place of MatMulNBits
+    #[arg(long = "use_qdq_encoding", alias = "enable-qdq-encoding")]
     pub use_qdq_encoding: bool,
-    /// Not supported
-    #[arg(long = "dynamic-to-fixed-shape-dim-param", num_args = 0.., hide = true)]
+    /// Symbolic dimensions to fix
+    #[arg(long = "dynamic-to-fixed-shape-dim-param", num_args = 0.., value_name = "NAME")]
     pub fixed_dim_param: Vec<String>,
-    /// Not supported
-    #[arg(long = "dynamic-to-fixed-shape-dim-value", num_args = 0.., hide = true)]
+    /// Their sizes
+    #[arg(long = "dynamic-to-fixed-shape-dim-value", num_args = 0.., value_name = "SIZE")]
     pub fixed_dim_value: Vec<i64>,
-    /// Not supported
-    #[arg(long = "num-splits", hide = true, conflicts_with = "cost_model")]
+    /// Parts to split the model into
+    #[arg(long = "num-splits", conflicts_with = "cost_model")]
     pub num_splits: Option<usize>,
-    /// Not supported
-    #[arg(long = "cost-model", hide = true)]
+    /// A table of the sizes of modules (`olive generate-cost-model`), to split by `--memory`
+    #[arg(long = "cost-model", value_name = "FILE")]
     pub cost_model: Option<PathBuf>,
-    /// Not supported
+    /// Overrides of precisions for QNN; can be planned only
     #[arg(long = "mixed-precision-overrides-config", num_args = 0.., hide = true)]
     pub mixed_precision_overrides: Vec<String>,
-    /// Not supported: `auto-opt` has nothing to choose between
-    #[arg(long = "enable_search", num_args = 0..=1, default_missing_value = "exhaustive", hide = true)]
+    /// Search block sizes and rounding by perplexity on `--data_name`: exhaustive, random or tpe
+    #[arg(long = "enable_search", num_args = 0..=1, default_missing_value = "exhaustive", value_name = "SAMPLER")]
     pub enable_search: Option<String>,
-    /// Accepted; nothing is random
-    #[arg(long = "seed", hide = true)]
+    /// The seed of a random search
+    #[arg(long = "seed")]
     pub seed: Option<u64>,
-    /// Accepted; no data is used
-    #[arg(short = 'd', long = "data_name", hide = true)]
+    /// A data file, for `--enable_search`
+    #[arg(short = 'd', long = "data_name")]
     pub data_name: Option<String>,
-    /// Accepted; no data is used
-    #[arg(long = "split", hide = true)]
+    /// The part of the data, such as `train[:100]`
+    #[arg(long = "split")]
     pub split: Option<String>,
     /// Accepted; no data is used
     #[arg(long = "subset", hide = true)]
     pub subset: Option<String>,
-    /// Accepted; no data is used
-    #[arg(long = "input_cols", num_args = 0.., hide = true)]
+    /// The columns with the text
+    #[arg(long = "input_cols", num_args = 0..)]
     pub input_cols: Vec<String>,
     /// Accepted; no data is used
     #[arg(long = "batch_size", default_value_t = 1, hide = true)]

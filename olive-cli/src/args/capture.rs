@@ -4,20 +4,17 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{CommonArgs, ConfigArgs, Device, ModelArgs, NoEffectArgs, Precision, parse_flag};
+use super::{AnyModelArgs, CommonArgs, ConfigArgs, Device, NoEffectArgs, Precision, parse_flag};
 
 /// Flags of `olive capture-onnx-graph`.
 #[derive(Debug, Args)]
 pub struct CaptureArgs {
     #[command(flatten)]
-    pub model: ModelArgs,
-    /// A PEFT folder; its weights become inputs of the graph and a file beside it
-    #[arg(short = 'a', long = "adapter_path")]
-    pub adapter_path: Option<PathBuf>,
+    pub model: AnyModelArgs,
     /// The output folder; the model is in `model/` inside of it
     #[arg(short = 'o', long = "output_path", default_value = "onnx-model")]
     pub output_path: PathBuf,
-    /// The precision of weights that are not packed yet: fp32, int4 [default: fp32]
+    /// The precision of weights that are not packed yet: fp32, fp16, bf16, int8, int4 [default: fp32]
     #[arg(long = "precision")]
     pub precision: Option<Precision>,
     /// Inputs that share a scale: 16, 32, 64, 128 or 256 [default: 32]
@@ -29,8 +26,8 @@ pub struct CaptureArgs {
     /// Accepted: the graph is always built, never traced
     #[arg(long = "use_model_builder", num_args = 0..=1, default_value = "false", default_missing_value = "true", value_parser = parse_flag, hide_default_value = true)]
     pub use_model_builder: bool,
-    /// Not supported: graphs are built, not traced
-    #[arg(long = "use_dynamo_exporter", hide = true)]
+    /// Make the graph as `OnnxConversion` does
+    #[arg(long = "use_dynamo_exporter", conflicts_with_all = ["use_model_builder", "use_mobius_builder"])]
     pub use_dynamo_exporter: bool,
     /// Not supported: graphs are built, not traced
     #[arg(long = "use_mobius_builder", hide = true)]
@@ -41,29 +38,29 @@ pub struct CaptureArgs {
     /// Accepted; conversion runs on the CPU
     #[arg(long = "conversion_device", default_value = "cpu", hide = true)]
     pub conversion_device: Device,
-    /// Not supported
-    #[arg(long = "fixed_param_dict", hide = true)]
+    /// Sizes of symbolic dimensions, as name=size,name=size
+    #[arg(long = "fixed_param_dict", value_name = "NAME=SIZE,…")]
     pub fixed_param_dict: Option<String>,
-    /// Accepted if it is `past_key_values`
+    /// Prefix of the cache's inputs
     #[arg(long = "past_key_value_name", default_value = "past_key_values", hide = true)]
     pub past_key_value_name: String,
-    /// Accepted; weights keep their exact values
-    #[arg(long = "torch_dtype", hide = true)]
+    /// The type of the graph's floats, for `OnnxConversion`
+    #[arg(long = "torch_dtype")]
     pub torch_dtype: Option<String>,
-    /// Accepted; the opset is the one that the graph needs
-    #[arg(long = "target_opset", hide = true)]
+    /// The opset to target, for `OnnxConversion`
+    #[arg(long = "target_opset")]
     pub target_opset: Option<u32>,
-    /// Not supported
-    #[arg(long = "exclude_embeds", num_args = 0..=1, default_value = "false", default_missing_value = "true", value_parser = parse_flag, hide = true)]
+    /// A graph without embedding, which takes inputs_embeds
+    #[arg(long = "exclude_embeds", num_args = 0..=1, default_value = "false", default_missing_value = "true", value_parser = parse_flag, hide_default_value = true)]
     pub exclude_embeds: bool,
-    /// Not supported
-    #[arg(long = "exclude_lm_head", num_args = 0..=1, default_value = "false", default_missing_value = "true", value_parser = parse_flag, hide = true)]
+    /// A graph without head, which gives hidden_states
+    #[arg(long = "exclude_lm_head", num_args = 0..=1, default_value = "false", default_missing_value = "true", value_parser = parse_flag, hide_default_value = true)]
     pub exclude_lm_head: bool,
-    /// Not supported
-    #[arg(long = "enable_cuda_graph", num_args = 0..=1, default_value = "false", default_missing_value = "true", value_parser = parse_flag, hide = true)]
+    /// Let the runtime capture CUDA graphs
+    #[arg(long = "enable_cuda_graph", num_args = 0..=1, default_value = "false", default_missing_value = "true", value_parser = parse_flag, hide_default_value = true)]
     pub enable_cuda_graph: bool,
-    /// Not supported
-    #[arg(long = "extra_mb_options", hide = true)]
+    /// Options of the graph builder, as key=value,key=value
+    #[arg(long = "extra_mb_options", value_name = "KEY=VALUE,…")]
     pub extra_mb_options: Option<String>,
     /// Accepted if it is `auto`
     #[arg(long = "model_variant", default_value = "auto", hide = true)]

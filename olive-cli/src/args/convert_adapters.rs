@@ -16,6 +16,18 @@ pub enum AdapterFormat {
     OnnxAdapter,
 }
 
+impl AdapterFormat {
+    /// Olive's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pt => "pt",
+            Self::Numpy => "numpy",
+            Self::Safetensors => "safetensors",
+            Self::OnnxAdapter => "onnx_adapter",
+        }
+    }
+}
+
 /// The type of converted weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 #[value(rename_all = "lower")]

@@ -35,6 +35,9 @@ pub struct Engine<'a> {
     pub cancel: &'a CancelToken,
     /// What passes compute on (`cpu`, `cuda`): results of another device are not reused.
     pub device: &'a str,
+    /// Whether runs stay in the cache. Where they need not, models are told apart by names, sizes and times of their
+    /// files in place of every byte, and results are moved out of the cache.
+    pub keep_runs: bool,
 }
 
 /// What a pipeline came to.

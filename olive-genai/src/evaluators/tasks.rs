@@ -198,7 +198,8 @@ impl Task {
         };
         match &self.kind {
             TaskKind::Text(text) => {
-                let mut blocks = token_blocks(&tokenizer, std::slice::from_ref(text), options.max_length, None)?;
+                let mut blocks =
+                    token_blocks(&tokenizer, std::slice::from_ref(text), options.max_length, None)?;
                 blocks.truncate(options.most(blocks.len()));
                 let samples: Vec<Sample> = blocks.into_iter().map(Sample::from_ids).collect();
                 let scores = scorer.score(model, &samples, progress, cancel)?;

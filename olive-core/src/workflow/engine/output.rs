@@ -33,6 +33,9 @@ impl Session<'_> {
             return Ok(());
         }
         let (config, files) = self.layout(node)?;
+        if before.key.is_empty() && ModelConfigFile::read(&folder)?.is_some() {
+            remove_leftovers(&folder, &files)?;
+        }
         for old in before.files.keys() {
             if !files.iter().any(|(_, name)| name == old) {
                 let _ = std::fs::remove_file(fsio::contained(&folder, old)?);
@@ -44,7 +47,9 @@ impl Session<'_> {
         };
         for (source, name) in &files {
             let target = fsio::contained(&folder, name)?;
-            if node.onnx || !is_weight(source) {
+            if !self.engine.keep_runs && source.starts_with(self.cache.runs()) {
+                move_file(source, &target)?;
+            } else if node.onnx || !is_weight(source) {
                 copy(source, &target)?;
             } else {
                 fsio::link_or_copy(source, &target)?;
@@ -126,6 +131,36 @@ impl Session<'_> {
     }
 }
 
+/// Removes weights and graphs that an earlier model left and this one does not have: nothing is known about the run
+/// that placed them.
+fn remove_leftovers(folder: &Path, files: &[(PathBuf, String)]) -> Result<()> {
+    let ours = |path: &Path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        [
+            ".onnx",
+            ".onnx.data",
+            ".onnx_adapter",
+            ".safetensors",
+            ".safetensors.index.json",
+        ]
+        .iter()
+        .any(|end| name.ends_with(end))
+    };
+    for part in ["model", "adapter"] {
+        let below = folder.join(part);
+        if !below.is_dir() {
+            continue;
+        }
+        for old in files_below(&below)? {
+            let kept = files.iter().any(|(_, name)| folder.join(name) == old);
+            if !kept && ours(&old) {
+                std::fs::remove_file(&old).map_err(Error::io("remove", &old))?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Weights are shared with the cache; anything that people edit is a copy of its own.
 fn is_weight(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "safetensors")
@@ -138,6 +173,17 @@ fn present(folder: &Path, placed: &Placed) -> Result<BTreeMap<String, (u64, u64)
         .into_iter()
         .filter(|(name, _)| placed.files.contains_key(name));
     Ok(mine.collect())
+}
+
+/// Moves a file, or copies it where it cannot be moved.
+fn move_file(source: &Path, target: &Path) -> Result<()> {
+    if let Some(parent) = target.parent() {
+        fsio::create_dir(parent)?;
+    }
+    match fsio::rename(source, target) {
+        Ok(()) => Ok(()),
+        Err(_) => copy(source, target),
+    }
 }
 
 /// Copies a file so that it appears whole. Readers of ONNX refuse external data with a second name, so these are not

@@ -59,7 +59,10 @@ impl<'a> Session<'a> {
         } else if first && config.engine.clean_evaluation_cache {
             cache.clean(true)?;
         }
-        let hashes = FileHashes::open(config.cache_dir());
+        let hashes = match engine.keep_runs {
+            true => FileHashes::open(config.cache_dir()),
+            false => FileHashes::of_stamps(config.cache_dir()),
+        };
         let input = input_node(engine, &pipeline.model, &hashes)?;
         let mut footprint = Footprint::default();
         footprint.add(FootprintNode::input(&input, &pipeline.model));

@@ -85,6 +85,7 @@ fn the_second_tutorials_workflow_learns_to_tell_tones() {
         progress: &NoProgress,
         cancel: &CancelToken::default(),
         device: "cpu",
+        keep_runs: true,
     };
     let outcomes = engine.run(&plan).unwrap();
     assert_eq!(outcomes.len(), 1);

@@ -13,6 +13,7 @@
 
 pub mod arch;
 pub mod checkpoint;
+pub mod cost_model;
 pub mod data;
 #[cfg(feature = "burn")]
 pub mod decoder;

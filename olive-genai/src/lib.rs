@@ -29,6 +29,7 @@ pub mod params;
 pub mod report;
 pub mod search;
 pub mod tokenizer;
+pub mod tuning;
 
 pub use adapters::Adapters;
 pub use config::GenaiConfig;
@@ -38,3 +39,4 @@ pub use model::Model;
 pub use params::{GeneratorParams, SearchOptions, SearchValue};
 pub use report::{GenerateReport, generate, peak_memory_bytes};
 pub use tokenizer::{TokenBatch, Tokenizer, TokenizerStream};
+pub use tuning::{OrtSessionParamsTuning, Tuned, tune_threads};

@@ -2,10 +2,12 @@
 //! it whole; and Olive's `model_config.json` in the folder around it.
 
 mod genai_config;
+mod ort_package;
 mod staging;
 mod tokenizer;
 
 pub use genai_config::genai_config;
+pub use ort_package::{PACKAGE_SUFFIX, PackageInfo, write_ort_package};
 pub use tokenizer::chat_template;
 
 use std::path::{Path, PathBuf};

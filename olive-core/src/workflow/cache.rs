@@ -17,6 +17,7 @@
 
 mod hashes;
 mod store;
+mod upkeep;
 
 use std::path::{Path, PathBuf};
 
@@ -24,6 +25,7 @@ use serde_json::Value;
 
 pub use hashes::FileHashes;
 pub use store::{Cache, Lock, ModelRecord, RunRecord, snapshot};
+pub use upkeep::{CachedRun, cached_runs, remove_runs};
 
 use crate::error::{Error, Result};
 

@@ -2,20 +2,26 @@
 //! of long flags, `--flag=value`, any order.
 
 mod auto_opt;
+mod benchmark;
 mod capture;
 mod chat;
 mod convert_adapters;
+mod cost_model;
 mod data;
 mod demo;
 mod evaluate;
 mod finetune;
 mod generate;
 mod generate_adapter;
+mod init;
 mod model;
+mod model_package;
 mod optimize;
 mod quantize;
 mod run;
 mod search;
+mod shared_cache;
+mod tune_session;
 
 use std::ffi::OsString;
 
@@ -23,22 +29,28 @@ use clap::{CommandFactory, Parser, Subcommand};
 use serde_json::{Map, Value};
 
 pub use auto_opt::AutoOptArgs;
+pub use benchmark::{Backend, BenchmarkArgs};
 pub use capture::CaptureArgs;
 pub use chat::ChatArgs;
 pub use convert_adapters::{AdapterDtype, AdapterFormat, ConvertAdaptersArgs};
+pub use cost_model::CostModelArgs;
 pub use data::TextDataArgs;
 pub use demo::DemoArgs;
 pub use evaluate::{EvaluateArgs, Metric};
 pub use finetune::{FinetuneArgs, Method, TorchDtype};
 pub use generate::GenerateArgs;
 pub use generate_adapter::GenerateAdapterArgs;
+pub use init::InitArgs;
 pub use model::{
     AcceleratorArgs, AnyModelArgs, CommonArgs, ConfigArgs, Device, ModelArgs, NoEffectArgs, Precision,
 };
+pub use model_package::ModelPackageArgs;
 pub use optimize::{Exporter, OptimizeArgs};
 pub use quantize::{Algorithm as QuantizeAlgorithm, QuantizeArgs};
 pub use run::{RunArgs, RunPassArgs};
 pub use search::SearchArgs;
+pub use shared_cache::SharedCacheArgs;
+pub use tune_session::TuneSessionArgs;
 
 /// Quantize, fine-tune, convert and run language models.
 #[derive(Debug, Parser)]
@@ -58,6 +70,8 @@ pub struct Cli {
 /// One variant a command.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Ask what is wanted, and write the workflow file that does it.
+    Init(InitArgs),
     /// Run a workflow file.
     Run(Box<RunArgs>),
     /// Run one pass.
@@ -78,6 +92,16 @@ pub enum Command {
     /// Turn a PEFT adapter into a file that an ONNX model loads.
     #[command(alias = "export-adapters")]
     ConvertAdapters(ConvertAdaptersArgs),
+    /// Find the number of threads with which an ONNX model answers fastest.
+    TuneSessionParams(Box<TuneSessionArgs>),
+    /// Write what each module of a model weighs and computes.
+    GenerateCostModel(Box<CostModelArgs>),
+    /// Put ONNX model folders into one package, as variants.
+    GenerateModelPackage(ModelPackageArgs),
+    /// Score a model on tasks in local files.
+    Benchmark(Box<BenchmarkArgs>),
+    /// List or clear the cache of workflows.
+    SharedCache(SharedCacheArgs),
     /// Generate text with an ONNX model folder.
     Generate(Box<GenerateArgs>),
     /// Talk with an ONNX model folder.
@@ -92,6 +116,12 @@ impl Command {
     /// `--log_level` of the command.
     pub fn log_level(&self) -> u8 {
         match self {
+            Self::Init(args) => args.common.log_level,
+            Self::TuneSessionParams(args) => args.common.log_level,
+            Self::GenerateCostModel(args) => args.common.log_level,
+            Self::GenerateModelPackage(args) => args.common.log_level,
+            Self::Benchmark(args) => args.common.log_level,
+            Self::SharedCache(args) => args.common.log_level,
             Self::Run(args) => crate::command::run_log_level(args),
             Self::RunPass(args) => args.common.log_level,
             Self::Quantize(args) => args.common.log_level,

@@ -1,25 +1,31 @@
 //! One module a command: typed config, one library call, report.
 
+mod benchmark;
 mod chat;
 mod convert_adapters;
+mod cost_model;
 mod evaluate;
 mod export;
 mod finetune;
 mod generate;
 mod generate_adapter;
+mod init;
+mod model_package;
 pub mod notes;
 mod optimize;
 mod quantize;
 mod run;
 mod run_pass;
 mod session;
+mod shared_cache;
+mod tune_session;
 
 use std::path::{Path, PathBuf};
 
 use olive_core::{CancelToken, Error, HfModel, Progress, Result, hub};
 
 use crate::args::{Command, ModelArgs};
-use crate::demo;
+use crate::{demo, registry};
 
 pub use run::log_level as run_log_level;
 
@@ -38,6 +44,12 @@ pub struct Context<'a> {
 /// Those of the library that does the work.
 pub fn run(command: &Command, context: &Context<'_>) -> Result<()> {
     match command {
+        Command::Init(args) => init::run(args, &registry::passes(None)),
+        Command::TuneSessionParams(args) => tune_session::run(args, context),
+        Command::GenerateCostModel(args) => cost_model::run(args, context),
+        Command::GenerateModelPackage(args) => model_package::run(args),
+        Command::Benchmark(args) => benchmark::run(args, context),
+        Command::SharedCache(args) => shared_cache::run(args),
         Command::Run(args) => run::run(args, context),
         Command::RunPass(args) => run_pass::run(args, context),
         Command::Quantize(args) => quantize::run(args, context),

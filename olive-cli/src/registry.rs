@@ -10,6 +10,7 @@ use olive_core::text::TextTokenizer;
 use olive_core::workflow::data::TextData;
 use olive_core::workflow::registry::{EvaluatorRegistry, HfOpener, ModelOpener, PassRegistry};
 use olive_core::{ModelHandle, Result, Sample};
+use olive_genai::OrtSessionParamsTuning;
 use olive_onnx::OnnxModel;
 use olive_onnx::model::find_graph;
 use olive_onnx::passes::CaptureSplitInfo;
@@ -31,6 +32,7 @@ pub fn passes(memory: Option<u64>) -> PassRegistry {
     olive_lora::register_passes(&mut registry, Arc::new(samples));
     olive_onnx::passes::register_passes(&mut registry);
     registry.register(Box::new(CaptureSplitInfo { memory }));
+    registry.register(Box::new(OrtSessionParamsTuning));
     registry
 }
 

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use olive_core::workflow::plan::Plan;
 use olive_core::workflow::registry::PassRegistry;
-use olive_core::workflow::schema::{Document, RunConfig};
+use olive_core::workflow::schema::RunConfig;
+use olive_core::workflow::schema::document::Document;
 use olive_core::{Error, Result, fsio};
 use serde_json::{Map, Value, json};
 
@@ -50,7 +51,10 @@ impl<A: BufRead, Q: Write> Dialog<A, Q> {
             .and_then(|()| self.questions.flush())
             .map_err(Error::io("write", "stderr"))?;
             let mut line = String::new();
-            let read = self.answers.read_line(&mut line).map_err(Error::io("read", "stdin"))?;
+            let read = self
+                .answers
+                .read_line(&mut line)
+                .map_err(Error::io("read", "stdin"))?;
             let answer = match (line.trim(), default) {
                 ("", Some(default)) => default,
                 (answer, _) => answer,
@@ -59,7 +63,12 @@ impl<A: BufRead, Q: Write> Dialog<A, Q> {
                 return Ok(answer.to_owned());
             }
             if read == 0 {
-                return Err(Error::config("olive init", question, "an answer", "the end of the input"));
+                return Err(Error::config(
+                    "olive init",
+                    question,
+                    "an answer",
+                    "the end of the input",
+                ));
             }
         }
     }
@@ -73,8 +82,13 @@ impl<A: BufRead, Q: Write> Dialog<A, Q> {
         loop {
             write!(self.questions, "{question}\n{text}").map_err(Error::io("write", "stderr"))?;
             let answer = self.ask("Number or name", Some("1"))?;
-            let number = answer.parse::<usize>().ok().and_then(|number| choices.get(number.wrapping_sub(1)));
-            let named = choices.iter().find(|(name, _)| name.eq_ignore_ascii_case(&answer));
+            let number = answer
+                .parse::<usize>()
+                .ok()
+                .and_then(|number| choices.get(number.wrapping_sub(1)));
+            let named = choices
+                .iter()
+                .find(|(name, _)| name.eq_ignore_ascii_case(&answer));
             if let Some((name, _)) = number.or(named) {
                 return Ok(name);
             }
@@ -90,7 +104,10 @@ fn workflow<A: BufRead, Q: Write>(dialog: &mut Dialog<A, Q>, output: &Path) -> R
         &[
             ("optimize", "quantize the weights and build an ONNX model folder"),
             ("export", "build an ONNX model folder"),
-            ("quantize", "quantize the weights, and keep a Hugging Face checkpoint"),
+            (
+                "quantize",
+                "quantize the weights, and keep a Hugging Face checkpoint",
+            ),
             ("finetune", "train a LoRA adapter"),
         ],
     )?;
@@ -99,7 +116,10 @@ fn workflow<A: BufRead, Q: Write>(dialog: &mut Dialog<A, Q>, output: &Path) -> R
     match wish {
         "optimize" => {
             quantization(dialog, &mut passes, &mut data)?;
-            passes.insert("build".to_owned(), json!({"type": "ModelBuilder", "precision": "int4"}));
+            passes.insert(
+                "build".to_owned(),
+                json!({"type": "ModelBuilder", "precision": "int4"}),
+            );
         }
         "export" => {
             let precision = dialog.choose(
@@ -111,7 +131,10 @@ fn workflow<A: BufRead, Q: Write>(dialog: &mut Dialog<A, Q>, output: &Path) -> R
                     ("fp32", "as exact as the arithmetic"),
                 ],
             )?;
-            passes.insert("build".to_owned(), json!({"type": "ModelBuilder", "precision": precision}));
+            passes.insert(
+                "build".to_owned(),
+                json!({"type": "ModelBuilder", "precision": precision}),
+            );
         }
         "quantize" => quantization(dialog, &mut passes, &mut data)?,
         _ => finetuning(dialog, &mut passes, &mut data)?,
@@ -153,7 +176,10 @@ fn quantization<A: BufRead, Q: Write>(
     };
     let mut pass = json!({"type": kind});
     if algorithm != "rtn" {
-        let text = dialog.ask("Calibration text (a file; `default` for the built-in prose)", Some("default"))?;
+        let text = dialog.ask(
+            "Calibration text (a file; `default` for the built-in prose)",
+            Some("default"),
+        )?;
         if text != "default" {
             let name = "calibration";
             data.push(json!({
@@ -226,15 +252,23 @@ mod tests {
 
     #[test]
     fn answers_become_workflows_that_plan() {
-        let registry = crate::registry::passes();
+        let registry = crate::registry::passes(None);
         for (lines, wanted) in [
             ("org/model\n\n\n\n\n", vec!["AutoAWQQuantizer", "ModelBuilder"]),
             ("org/model\nexport\n4\n\n", vec!["ModelBuilder"]),
             ("org/model\n3\nrtn\nelsewhere\n", vec!["Rtn"]),
-            ("org/model\n9\nfinetune\nd.jsonl\n{a}\\n{b}\nx\n8\n10\n\n", vec!["LoRA"]),
+            (
+                "org/model\n9\nfinetune\nd.jsonl\n{a}\\n{b}\nx\n8\n10\n\n",
+                vec!["LoRA"],
+            ),
         ] {
             let (folder, workflow) = answer(lines).unwrap();
-            let types: Vec<&str> = workflow["passes"].as_object().unwrap().values().map(|p| p["type"].as_str().unwrap()).collect();
+            let types: Vec<&str> = workflow["passes"]
+                .as_object()
+                .unwrap()
+                .values()
+                .map(|p| p["type"].as_str().unwrap())
+                .collect();
             assert_eq!(types, wanted, "{lines:?}");
             let document = Document::from_value("config.json", folder, workflow);
             Plan::new(&RunConfig::from_document(&document).unwrap(), &registry).unwrap();

@@ -49,7 +49,10 @@ fn list(args: &SharedCacheArgs, folder: &Path, runs: &[CachedRun]) -> Result<()>
     }
     for run in runs {
         let pass = run.pass.as_deref().unwrap_or("(unfinished)");
-        output::line(&format!("{}  {}  {:>12}  {pass}", run.workflow, run.id, run.bytes))?;
+        output::line(&format!(
+            "{}  {}  {:>12}  {pass}",
+            run.workflow, run.id, run.bytes
+        ))?;
     }
     let count = runs.len();
     output::line(&format!("{count} runs, {bytes} bytes in {}", folder.display()))
@@ -61,7 +64,12 @@ fn delete(args: &SharedCacheArgs, folder: &Path, mut runs: Vec<CachedRun>) -> Re
             runs.retain(|run| !hash.is_empty() && run.id.starts_with(hash.as_str()));
             if runs.is_empty() {
                 let expected = format!("a run in `{}`", folder.display());
-                return Err(Error::config("command line", "--model_hash", expected, format!("`{hash}`")));
+                return Err(Error::config(
+                    "command line",
+                    "--model_hash",
+                    expected,
+                    format!("`{hash}`"),
+                ));
             }
         }
         (None, true) => {}
@@ -85,10 +93,18 @@ fn delete(args: &SharedCacheArgs, folder: &Path, mut runs: Vec<CachedRun>) -> Re
 fn confirmed(count: usize) -> Result<bool> {
     let stdin = std::io::stdin();
     if !stdin.is_terminal() {
-        return Err(Error::config("command line", "--yes", "the flag, as nobody can be asked", "nothing"));
+        return Err(Error::config(
+            "command line",
+            "--yes",
+            "the flag, as nobody can be asked",
+            "nothing",
+        ));
     }
     output::text(&format!("Remove {count} runs? [y/N] "))?;
     let mut answer = String::new();
-    stdin.lock().read_line(&mut answer).map_err(Error::io("read", "stdin"))?;
+    stdin
+        .lock()
+        .read_line(&mut answer)
+        .map_err(Error::io("read", "stdin"))?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
 }

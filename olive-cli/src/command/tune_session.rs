@@ -29,8 +29,16 @@ pub fn run(args: &TuneSessionArgs, context: &Context<'_>) -> Result<()> {
             "the loop always has a cache",
         ),
         ("--memory", args.memory.is_some(), "the model is not split"),
-        ("--account_name", args.account_name.is_some(), "there is no shared cache"),
-        ("--container_name", args.container_name.is_some(), "there is no shared cache"),
+        (
+            "--account_name",
+            args.account_name.is_some(),
+            "there is no shared cache",
+        ),
+        (
+            "--container_name",
+            args.container_name.is_some(),
+            "there is no shared cache",
+        ),
     ]);
     let given = parameters(args);
     let workflow = json!({
@@ -72,7 +80,7 @@ fn parameters(args: &TuneSessionArgs) -> Map<String, Value> {
     let list = |values: &[i64]| (!values.is_empty()).then(|| json!(values));
     let set = |flag: bool| flag.then_some(Value::Bool(true));
     let given = [
-        ("device", Some(json!(format!("{:?}", args.device).to_lowercase()))),
+        ("device", Some(json!(args.device.name()))),
         ("cpu_cores", args.cpu_cores.map(Value::from)),
         ("io_bind", set(args.io_bind)),
         ("enable_cuda_graph", set(args.enable_cuda_graph)),
@@ -94,6 +102,8 @@ fn parameters(args: &TuneSessionArgs) -> Map<String, Value> {
         ),
         ("enable_profiling", set(args.enable_profiling)),
     ];
-    let given = given.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?)));
+    let given = given
+        .into_iter()
+        .filter_map(|(key, value)| Some((key.to_owned(), value?)));
     given.collect()
 }

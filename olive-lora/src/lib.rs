@@ -22,6 +22,7 @@
 pub mod adamw;
 mod adapter;
 mod arguments;
+mod baked;
 mod checkpoint;
 mod evaluate;
 mod finetune;
@@ -41,6 +42,7 @@ mod trainer;
 
 pub use adapter::{Adapter, AdapterModule, WEIGHTS_FILE};
 pub use arguments::{Interval, Resume, TrainingArguments};
+pub use baked::{BakedAdapter, extract_baked};
 pub use evaluate::evaluate_perplexity;
 pub use finetune::{TrainReport, finetune, is_adapter};
 pub use matching::{Targets, matched_linears};

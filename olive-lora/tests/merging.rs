@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use olive_core::checkpoint::{CheckpointPlan, CheckpointWriter};
 use olive_core::decoder::{Cpu, DecoderLayer, Embedding, Head, SequenceTables};
 use olive_core::{
-    CancelToken, Checkpoint, DType, HfModel, ModelHandle, NoProgress, PassContext, TensorSource, fsio,
+    CancelToken, Checkpoint, DType, HfModel, LinearWeight, ModelHandle, NoProgress, PassContext, QuantMatrix,
+    TensorSource, WeightKind, fsio,
 };
 use olive_lora::{MERGE_REPORT_FILE, MergeLayout, MergeReport, merge};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 fn golden(part: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -175,6 +176,158 @@ fn trained_adapters_merged_answer_as_base_and_adapter_did() {
             let found = logits(&HfModel::open(output.path()).unwrap(), &ids);
             assert!(worst(&found, &expected) <= 1e-4, "{family} {run}");
         }
+    }
+}
+
+/// Rounds every linear to 4 bits in groups of 32 and stores the model in the layout that `config` names.
+fn packed_model(source: &Path, config: &Value, target: &Path) {
+    let model = HfModel::open(source).unwrap();
+    let (spec, tensors) = (model.spec(), model.tensors());
+    let mut json: Map<String, Value> = fsio::read_json(source.join("config.json")).unwrap();
+    json.insert("quantization_config".into(), config.clone());
+    std::fs::create_dir_all(target).unwrap();
+    fsio::write_json(target.join("config.json"), &json, 2).unwrap();
+    let quantization = olive_core::arch::read_spec(target).unwrap().quantization.unwrap();
+    let mut parts = Vec::new();
+    for name in tensors.names() {
+        let module = name.trim_end_matches(".weight");
+        let linears = (0..spec.n_layers).flat_map(|layer| spec.linears(layer));
+        match linears.into_iter().find(|linear| linear.name == module) {
+            Some(linear) => {
+                let weight = tensors.read_f32(name).unwrap();
+                let shape = [linear.out_features, linear.in_features];
+                let packed = WeightKind::Packed(round(&weight, shape, !quantization.symmetric));
+                parts.extend(packed.store(Some(&quantization), module).unwrap());
+            }
+            None => {
+                let info = tensors.require(name).unwrap();
+                parts.push((
+                    name.to_owned(),
+                    info.dtype,
+                    info.shape.clone(),
+                    tensors.bytes(name).unwrap().into_owned(),
+                ));
+            }
+        }
+    }
+    let mut plan = CheckpointPlan::default();
+    for (name, dtype, shape, _) in &parts {
+        plan.push(name.clone(), *dtype, shape.clone());
+    }
+    let mut writer = CheckpointWriter::create(target, &plan).unwrap();
+    for (name, _, _, bytes) in &parts {
+        writer.write(name, bytes).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+fn round(weight: &[f32], shape: [usize; 2], zeros: bool) -> QuantMatrix {
+    let (mut codes, mut scales, mut points) = (Vec::new(), Vec::new(), Vec::new());
+    for (index, group) in weight.chunks(32).enumerate() {
+        let largest = group.iter().fold(0.0f32, |most, w| most.max(w.abs()));
+        let scale = DType::F16.round(largest / 6.0);
+        let zero = if zeros { 7 + (index % 3) as u8 } else { 8 };
+        codes.extend(
+            group
+                .iter()
+                .map(|w| ((w / scale).round() + f32::from(zero)).clamp(0.0, 15.0) as u8),
+        );
+        scales.push(scale);
+        points.push(zero);
+    }
+    QuantMatrix::pack(
+        shape,
+        4,
+        32,
+        &codes,
+        (scales, DType::F16),
+        zeros.then_some(&points),
+    )
+    .unwrap()
+}
+
+#[test]
+fn every_packed_layout_is_merged_into_itself_or_dense() {
+    let gptq = |extra: Value| {
+        let mut config = json!({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": false});
+        config
+            .as_object_mut()
+            .unwrap()
+            .extend(extra.as_object().unwrap().clone());
+        config
+    };
+    let compressed = json!({
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": null, "weights": {
+            "num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 32}}},
+    });
+    let adapter = golden("merged/patterns/adapter");
+    for config in [
+        json!({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": true}),
+        gptq(json!({})),
+        gptq(json!({"checkpoint_format": "gptq_v2"})),
+        json!({"quant_method": "olive", "bits": 4, "group_size": 32, "symmetric": true}),
+        json!({"quant_method": "olive", "bits": 4, "group_size": 32, "symmetric": false}),
+        compressed,
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let base = folder.path().join("base");
+        packed_model(&golden("phi3"), &config, &base);
+        let model = HfModel::open(&base).unwrap();
+        model.check_tensors().unwrap();
+        let run = |layout, output: &Path| {
+            let context = PassContext {
+                output,
+                progress: &NoProgress,
+                cancel: &CancelToken::default(),
+            };
+            let report = merge(&model, &adapter, layout, &context).unwrap();
+            let result = HfModel::open(output).unwrap();
+            result.check_tensors().unwrap();
+            (report, result)
+        };
+        let (dense_report, dense) = run(MergeLayout::Dense, &folder.path().join("dense"));
+        assert!(!dense.spec().is_quantized());
+        assert!(
+            (dense_report.kept - 1.0).abs() < 1e-3,
+            "{config}: {}",
+            dense_report.kept
+        );
+        let (report, same) = run(MergeLayout::Auto, &folder.path().join("same"));
+        assert_eq!(report.result, config["quant_method"].as_str().unwrap());
+        // Names, types and shapes are the base's.
+        assert_eq!(same.tensors().names(), model.tensors().names());
+        for name in model.tensors().names() {
+            assert_eq!(same.tensors().info(name), model.tensors().info(name), "{name}");
+        }
+        // This adapter changes much, so that most of it survives, and the files hold what the report says.
+        let (mut change, mut error) = (0.0, 0.0);
+        for linear in (0..model.spec().n_layers).flat_map(|layer| model.spec().linears(layer)) {
+            let read = |model: &HfModel| {
+                let weight = LinearWeight::read(model.tensors(), model.spec(), &linear).unwrap();
+                weight.weight.into_dense()
+            };
+            let (before, wanted, found) = (read(&model), read(&dense), read(&same));
+            for ((before, wanted), found) in before.iter().zip(&wanted).zip(&found) {
+                change += f64::from(wanted - before).powi(2);
+                error += f64::from(found - wanted).powi(2);
+            }
+        }
+        let error = (error / change).sqrt();
+        eprintln!(
+            "{}: kept {:.3}, error {:.3}",
+            report.base, report.kept, report.error
+        );
+        assert!(
+            (error / report.error - 1.0).abs() < 1e-2,
+            "{config}: {error} {}",
+            report.error
+        );
+        assert!(
+            report.kept > 0.8 && report.kept < 1.1,
+            "{config}: {}",
+            report.kept
+        );
     }
 }
 

@@ -69,7 +69,8 @@ pub fn quantize_base(
     })
 }
 
-fn check_dense(model: &dyn ModelHandle) -> Result<()> {
+/// Refuses a model whose weights are packed already.
+pub(crate) fn check_dense(model: &dyn ModelHandle) -> Result<()> {
     let what = || format!("QLoRA on `{}`", model.path().display());
     if model.kind() != ModelKind::HuggingFace {
         return Err(Error::unsupported(what(), "it is an ONNX model"));

@@ -1,6 +1,8 @@
-//! The pass `MergeAdapterWeights`.
+//! The pass `MergeAdapterWeights`: Olive's, and with `layout` a choice of what a packed base becomes.
+//!
+//! Of a model that QLoRA left with `save_quant_config: false` the adapter is merged into the weights that QLoRA was
+//! given, as Olive does it.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use olive_core::{
@@ -12,25 +14,16 @@ use crate::merge::{MergeLayout, merge};
 
 const ORIGIN: &str = "pass `MergeAdapterWeights`";
 
-const PARAMS: &[ParamSpec] = &[
-    ParamSpec::optional(
-        "layout",
-        ParamKind::OneOf(&["auto", "same", "dense"]),
-        "\"auto\"",
-        "What a packed base becomes: its own layout again, or dense; auto is dense for NF4 and FP4.",
-    ),
-    ParamSpec::optional(
-        "base_model_path",
-        ParamKind::Text,
-        "null",
-        "A folder whose weights the adapter is merged into instead of the model's own.",
-    ),
-];
+const PARAMS: &[ParamSpec] = &[ParamSpec::optional(
+    "layout",
+    ParamKind::OneOf(&["auto", "same", "dense"]),
+    "\"auto\"",
+    "What a packed base becomes: its own layout again, or dense; auto is dense for NF4 and FP4.",
+)];
 
 #[derive(Deserialize)]
 struct Params {
     layout: String,
-    base_model_path: Option<PathBuf>,
 }
 
 /// Merges a model's adapter into its weights.
@@ -49,14 +42,6 @@ impl Pass for MergeAdapterWeightsPass {
         (ModelKind::HuggingFace, ModelKind::HuggingFace)
     }
 
-    fn input_files(&self, config: &PassConfig) -> Vec<PathBuf> {
-        let params = config.parse::<Params>(ORIGIN).ok();
-        params
-            .and_then(|params| params.base_model_path)
-            .into_iter()
-            .collect()
-    }
-
     fn run(
         &self,
         model: &dyn ModelHandle,
@@ -73,10 +58,7 @@ impl Pass for MergeAdapterWeightsPass {
             "dense" => MergeLayout::Dense,
             _ => MergeLayout::Auto,
         };
-        match params.base_model_path {
-            Some(base) => merge(&HfModel::open(base)?, adapter, layout, context)?,
-            None => merge(model, adapter, layout, context)?,
-        };
+        merge(model, adapter, layout, context)?;
         Ok(Arc::new(HfModel::open(context.output)?))
     }
 }

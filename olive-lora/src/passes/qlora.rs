@@ -10,7 +10,7 @@ use olive_core::{
 use serde::Deserialize;
 
 use super::common::{PARAMS, Params, SampleSource, concat};
-use crate::qlora::{QloraOptions, finetune_qlora, with_all_linears};
+use crate::qlora::{QloraOptions, check_dense, finetune_qlora, with_all_linears};
 
 const ORIGIN: &str = "pass `QLoRA`";
 
@@ -100,6 +100,7 @@ impl Pass for QloraPass {
     }
 
     fn check(&self, model: &dyn ModelHandle, config: &PassConfig) -> Result<()> {
+        check_dense(model)?;
         let params = Params::read(ORIGIN, config)?;
         params.check(model, &with_all_linears(&params.options(ORIGIN)?))
     }

@@ -32,7 +32,7 @@ pub struct FinetuneArgs {
     /// The output folder
     #[arg(short = 'o', long = "output_path", default_value = "finetuned-adapter")]
     pub output_path: PathBuf,
-    /// lora: the base as it is, dense or packed
+    /// lora: the base as it is, dense or packed; qlora: the base rounded to NF4 first
     #[arg(long = "method", default_value = "lora")]
     pub method: Method,
     /// The rank of the adapter

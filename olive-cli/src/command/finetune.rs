@@ -2,9 +2,10 @@
 
 use olive_core::data::DataConfig;
 use olive_core::decoder::Cpu;
+use olive_core::packed::nf4::Nf4Options;
 use olive_core::text::TextTokenizer;
-use olive_core::{Error, ModelHandle, PassContext, Result};
-use olive_lora::{LoraOptions, Targets, TrainingArguments, TrainingData};
+use olive_core::{DType, ModelHandle, PassContext, Result};
+use olive_lora::{LoraOptions, QloraOptions, Targets, TrainingArguments, TrainingData};
 use serde_json::{Value, json};
 
 use super::quantize::{data_config, data_workflow};
@@ -56,7 +57,21 @@ pub fn run(args: &FinetuneArgs, context: &Context<'_>) -> Result<()> {
         progress: context.progress,
         cancel: context.cancel,
     };
-    let report = olive_lora::finetune::<Cpu>(&model, data, &lora, &training, &pass)?;
+    let report = match args.method {
+        Method::Lora => olive_lora::finetune::<Cpu>(&model, data, &lora, &training, &pass)?,
+        Method::Qlora => {
+            let qlora = QloraOptions {
+                rounding: Nf4Options::default(),
+                compute_dtype: match args.torch_dtype {
+                    Some(TorchDtype::Float16) => DType::F16,
+                    Some(TorchDtype::Float32) => DType::F32,
+                    _ => DType::BF16,
+                },
+                keep_rounded: true,
+            };
+            olive_lora::finetune_qlora::<Cpu>(&model, data, &lora, qlora, &training, &pass)?
+        }
+    };
     tracing::info!(
         "{} steps over {} samples in {:.1} s, {:.0} tokens/s, loss {:.4}",
         report.steps,
@@ -69,10 +84,6 @@ pub fn run(args: &FinetuneArgs, context: &Context<'_>) -> Result<()> {
 }
 
 fn check_flags(args: &FinetuneArgs) -> Result<()> {
-    if args.method == Method::Qlora {
-        let expected = "lora; for a 4-bit base run `olive quantize` first, it stays packed while training";
-        return Err(Error::config("command line", "--method", expected, "`qlora`"));
-    }
     let half = matches!(args.torch_dtype, Some(TorchDtype::Bfloat16 | TorchDtype::Float16));
     notes::warn_no_effect(&[
         ("--torch_dtype", half, "the CPU computes in float32"),
@@ -94,7 +105,10 @@ fn check_flags(args: &FinetuneArgs) -> Result<()> {
 /// The run as a workflow file of Olive.
 fn workflow(args: &FinetuneArgs) -> Value {
     let mut pass = json!({
-        "type": "LoRA",
+        "type": match args.method {
+            Method::Lora => "LoRA",
+            Method::Qlora => "QLoRA",
+        },
         "r": args.lora_r,
         "alpha": args.lora_alpha,
         "train_data_config": "train_data",

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use olive_core::{ModelHandle, ModelKind, ParamSpec, Pass, PassConfig, PassContext, Result};
 
-use super::common::{PARAMS, Params, SampleSource};
+use super::training::{PARAMS, Params, SampleSource};
 use crate::options::LoraOptions;
 
 const ORIGIN: &str = "pass `DoRA`";

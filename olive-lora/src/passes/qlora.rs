@@ -9,7 +9,7 @@ use olive_core::{
 };
 use serde::Deserialize;
 
-use super::common::{PARAMS, Params, SampleSource, concat};
+use super::training::{PARAMS, Params, SampleSource, concat};
 use crate::qlora::{QloraOptions, check_dense, finetune_qlora, with_all_linears};
 
 const ORIGIN: &str = "pass `QLoRA`";

@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -68,6 +69,8 @@ pub trait TensorSource: Send + Sync {
     /// # Errors
     /// [`Error::MissingTensors`] if there is none of that name.
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>>;
+    /// Says that these bytes of a tensor are not needed again soon, so that they need not stay in memory.
+    fn release(&self, _name: &str, _bytes: Range<usize>) {}
 }
 
 impl dyn TensorSource + '_ {
@@ -235,6 +238,28 @@ impl TensorSource for Checkpoint {
         Ok(Cow::Borrowed(
             &self.shards[location.shard].1[location.begin..location.end],
         ))
+    }
+
+    /// Gives the pages of the map back to the system, which reads them again if they are asked for.
+    fn release(&self, name: &str, bytes: Range<usize>) {
+        let Some(location) = self.tensors.get(name) else {
+            return;
+        };
+        let end = location.begin.saturating_add(bytes.end).min(location.end);
+        let begin = location.begin.saturating_add(bytes.start);
+        release(&self.shards[location.shard].1, begin..end);
+    }
+}
+
+/// Gives the whole pages among `bytes` of a map back to the system.
+fn release(map: &Mmap, bytes: Range<usize>) {
+    /// At least as large as the pages of every system.
+    const PAGE: usize = 1 << 16;
+    let (begin, end) = (bytes.start.next_multiple_of(PAGE), bytes.end / PAGE * PAGE);
+    if begin < end {
+        // SAFETY: the map is a read-only one of a file, so a page that was given back holds the same bytes when it is
+        // read again.
+        let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, begin, end - begin) };
     }
 }
 

@@ -2,16 +2,22 @@
 //! what their [`ModelSpec`] says; what differs between weights is their kind.
 //!
 //! Names of nodes, values and initializers, their order, and the operators used are those of onnxruntime-genai's own
-//! builder (0.18, CPU), so that adapters and tools made for its graphs fit ours. Deviations:
+//! builder (0.18), so that adapters and tools made for its graphs fit ours. Deviations:
+//! - attention is GroupQueryAttention whatever the provider and the type, where that builder falls back to a
+//!   MultiHeadAttention graph that fails at its second step (fp16 and bf16 on the CPU) or to an invalid one (fp32 on CUDA
+//!   and DirectML);
 //! - a sliding window is put on every attention node (`local_window_size`), where that builder forgets it;
 //! - adapter weights are float optional inputs, never baked in and never quantized;
-//! - a tied, asymmetrically quantized head stays a pair of float embedding and packed head, where that builder writes
-//!   an invalid graph;
+//! - a tied head with zero points is shared with the embedding like any other, where that builder writes an invalid graph;
+//!   it is stored twice where its rows of zero points do not end with a byte;
+//! - a tied 8-bit head is shared with the embedding, where that builder stores the embedding in float beside it;
 //! - declared shapes pass ONNX's strict shape inference.
 
 mod attention;
+mod blocks;
 mod embedding;
 mod extra_options;
+mod floats;
 mod graph;
 mod head;
 mod linear;
@@ -20,8 +26,10 @@ mod mask;
 mod mlp;
 mod norm;
 mod options;
+mod qdq;
 mod quantize;
 mod rope;
+mod rows;
 mod weights;
 
 pub use lora::{LORA_RANK, LoraInput, LoraTargets};
@@ -31,7 +39,7 @@ pub use quantize::{BlockQuantized, quantize_blocks};
 use olive_core::{Error, HfModel, ModelSpec, Result};
 use std::sync::Arc;
 
-use crate::ir::{MICROSOFT, Model, OnnxType, Opset, ValueInfo};
+use crate::ir::{Dim, Graph, MICROSOFT, Model, OnnxType, Opset, ValueInfo};
 use graph::{Builder, io_shape};
 use weights::Weights;
 
@@ -47,13 +55,13 @@ const OPSET: i64 = 22;
 /// config says; [`Error::Unsupported`] for sizes that the operators do not take; [`Error::Config`] for an option.
 pub fn build_graph(source: &Arc<HfModel>, options: &BuilderOptions, lora: &LoraTargets) -> Result<Model> {
     use olive_core::ModelHandle;
-    let spec = source.spec();
     options.check()?;
-    check_built(options)?;
     source.check_tensors()?;
+    let spec = &cut(source.spec(), options)?;
     check_sizes(spec, options)?;
     lora.check(spec)?;
-    let mut builder = Builder::new(spec, options, Weights::new(source.clone()), lora);
+    let weights = Weights::new(source.clone(), options.io_type());
+    let mut builder = Builder::new(spec, options, weights, lora);
     declare_inputs(&mut builder);
     builder.rope_tables()?;
     builder.mask()?;
@@ -73,8 +81,11 @@ pub fn build_graph(source: &Arc<HfModel>, options: &BuilderOptions, lora: &LoraT
     let last =
         delta.ok_or_else(|| Error::unsupported("a model without layers", "there is nothing to build"))?;
     let normed = builder.final_norm(&residual, &last)?;
-    builder.head(&normed)?;
+    if !options.exclude_lm_head {
+        builder.head(&normed)?;
+    }
     declare_outputs(&mut builder);
+    warn_of_unused(options, &builder.graph);
     let model = Model {
         ir_version: IR_VERSION,
         opsets: vec![opset("", OPSET), opset(MICROSOFT, 1)],
@@ -87,22 +98,37 @@ pub fn build_graph(source: &Arc<HfModel>, options: &BuilderOptions, lora: &LoraT
     Ok(model)
 }
 
-/// Options whose graphs are not built yet are refused.
-fn check_built(options: &BuilderOptions) -> Result<()> {
-    let plain = BuilderOptions {
-        block_size: options.block_size,
-        is_symmetric: options.is_symmetric,
-        accuracy_level: options.accuracy_level,
-        search: options.search.clone(),
-        ..BuilderOptions::with_precision(options.precision)
-    };
-    if &plain != options || !matches!(options.precision, Precision::Fp32 | Precision::Int4) {
-        return Err(Error::unsupported(
-            format!("a graph with {options:?}"),
-            "fp32 and int4 graphs for the CPU are built",
-        ));
+/// The model with the layers that are kept.
+fn cut(spec: &ModelSpec, options: &BuilderOptions) -> Result<ModelSpec> {
+    let mut spec = spec.clone();
+    if let Some(n_layers) = options.n_layers {
+        if n_layers > spec.n_layers {
+            let expected = format!("at most {}, the layers of the model", spec.n_layers);
+            let found = n_layers.to_string();
+            return Err(Error::config(
+                options::ORIGIN,
+                "num_hidden_layers",
+                expected,
+                found,
+            ));
+        }
+        spec.n_layers = n_layers;
     }
-    Ok(())
+    Ok(spec)
+}
+
+/// Names of nodes that the user wants float and that no node has.
+fn warn_of_unused(options: &BuilderOptions, graph: &Graph) {
+    if options.precision.bits().is_none() {
+        return;
+    }
+    let parts = ["/q_proj/", "/k_proj/", "/v_proj/", "/gate_proj/", "/up_proj/"];
+    for name in &options.nodes_to_exclude {
+        let exists = graph.nodes.iter().any(|node| &node.name == name);
+        if !exists && !parts.iter().any(|part| name.contains(part)) {
+            tracing::warn!("nodes_to_exclude: there is no node `{name}`");
+        }
+    }
 }
 
 fn opset(domain: &str, version: i64) -> Opset {
@@ -128,24 +154,7 @@ fn check_sizes(spec: &ModelSpec, options: &BuilderOptions) -> Result<()> {
             spec.rope.rotary_dim
         );
     }
-    if let Some(quantization) = &spec.quantization {
-        if quantization.bits != 4 {
-            let what = format!("a checkpoint packed in {} bits", quantization.bits);
-            return Err(Error::unsupported(
-                what,
-                "packed linears go into the graph in 4 bits",
-            ));
-        }
-        let group = usize::try_from(quantization.group_size).unwrap_or(0);
-        if group < 16 || !group.is_power_of_two() {
-            let what = format!("a packed checkpoint with groups of {}", quantization.group_size);
-            return Err(Error::unsupported(
-                what,
-                "MatMulNBits takes powers of two from 16 on",
-            ));
-        }
-    }
-    if options.precision == Precision::Int4 && spec.hidden_size < options.block_size {
+    if options.precision.bits().is_some() && spec.hidden_size < options.block_size {
         let what = format!(
             "a block of {} for {} inputs",
             options.block_size, spec.hidden_size
@@ -156,46 +165,60 @@ fn check_sizes(spec: &ModelSpec, options: &BuilderOptions) -> Result<()> {
 }
 
 fn declare_inputs(builder: &mut Builder<'_>) {
-    let spec = builder.spec;
-    let ids = ["batch_size".into(), "sequence_length".into()];
+    let (spec, io) = (builder.spec, builder.io);
+    let ids: [Dim; 2] = ["batch_size".into(), "sequence_length".into()];
     let mask = ["batch_size".into(), "total_sequence_length".into()];
-    builder
-        .graph
-        .inputs
-        .push(ValueInfo::new("input_ids", OnnxType::Int64, ids));
-    builder
-        .graph
-        .inputs
-        .push(ValueInfo::new("attention_mask", OnnxType::Int64, mask));
+    let inputs = &mut builder.graph.inputs;
+    if !builder.options.exclude_embeds {
+        inputs.push(ValueInfo::new("input_ids", OnnxType::Int64, ids.clone()));
+    }
+    inputs.push(ValueInfo::new("attention_mask", OnnxType::Int64, mask));
+    if builder.options.exclude_embeds {
+        inputs.push(ValueInfo::new("inputs_embeds", io, io_shape(spec.hidden_size)));
+    }
+    if builder.options.provider == Provider::Dml {
+        inputs.push(ValueInfo::new("position_ids", OnnxType::Int64, ids));
+    }
     for part in ["key", "value"] {
         for layer in 0..spec.n_layers {
             let name = format!("past_key_values.{layer}.{part}");
             let shape = cache_shape(spec, "past_sequence_length");
-            builder
-                .graph
-                .inputs
-                .push(ValueInfo::new(name, OnnxType::Float, shape));
+            inputs.push(ValueInfo::new(name, io, shape));
         }
     }
 }
 
 fn declare_outputs(builder: &mut Builder<'_>) {
-    let spec = builder.spec;
-    let logits = ValueInfo::new("logits", OnnxType::Float, io_shape(spec.vocab_size));
-    builder.graph.outputs.push(logits);
+    let (spec, io, options) = (builder.spec, builder.io, builder.options);
+    let outputs = &mut builder.graph.outputs;
+    if options.include_hidden_states || options.exclude_lm_head {
+        outputs.push(ValueInfo::new(
+            norm::HIDDEN_STATES,
+            io,
+            io_shape(spec.hidden_size),
+        ));
+    }
+    if !options.exclude_lm_head {
+        let mut shape = io_shape(spec.vocab_size);
+        if options.prune_lm_head {
+            shape[1] = 1.into();
+        }
+        let dtype = match io {
+            OnnxType::Bfloat16 => OnnxType::Float,
+            other => other,
+        };
+        outputs.push(ValueInfo::new("logits", dtype, shape));
+    }
     for part in ["key", "value"] {
         for layer in 0..spec.n_layers {
             let name = format!("present.{layer}.{part}");
             let shape = cache_shape(spec, "total_sequence_length");
-            builder
-                .graph
-                .outputs
-                .push(ValueInfo::new(name, OnnxType::Float, shape));
+            outputs.push(ValueInfo::new(name, io, shape));
         }
     }
 }
 
-fn cache_shape(spec: &ModelSpec, length: &str) -> [crate::ir::Dim; 4] {
+fn cache_shape(spec: &ModelSpec, length: &str) -> [Dim; 4] {
     [
         "batch_size".into(),
         spec.n_kv_heads.into(),

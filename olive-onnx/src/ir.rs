@@ -14,7 +14,7 @@ pub use attribute::Attribute;
 pub use dtype::OnnxType;
 pub use graph::{Graph, Model, Node, Opset};
 pub use shape::{Dim, ValueInfo};
-pub use tensor::{Producer, Tensor, element_count};
+pub use tensor::{Pieces, Producer, Sink, Tensor, element_count};
 
 /// The domain of ONNX Runtime's contributed operators.
 pub const MICROSOFT: &str = "com.microsoft";

@@ -23,7 +23,7 @@ use crate::adapter::{
 };
 use crate::build::{BuilderOptions, LoraTargets, build_graph};
 use crate::ir::Model;
-use crate::model::{GENAI_CONFIG_FILE, GRAPH_FILE};
+use crate::model::GENAI_CONFIG_FILE;
 use crate::serde::{WriteOptions, write_model};
 use staging::Staging;
 
@@ -33,6 +33,8 @@ pub struct BuildPlan {
     model: Model,
     adapter: Option<AdapterFile>,
     genai_config: Value,
+    filename: String,
+    config_only: bool,
 }
 
 /// What a build wrote.
@@ -75,8 +77,10 @@ pub fn plan_model_folder(
             parameters,
             ..AdapterFile::default()
         }),
-        genai_config: genai_config(source.path(), spec, &options.search)?,
+        genai_config: genai_config(source.path(), spec, options)?,
         source,
+        filename: options.filename.clone(),
+        config_only: options.config_only,
     })
 }
 
@@ -123,11 +127,14 @@ impl BuildPlan {
             adapter = Some((output.join(ADAPTER_FILE), bytes, file.parameters.len()));
         }
         let options = WriteOptions {
-            graph_file: GRAPH_FILE,
+            graph_file: &self.filename,
             progress,
             cancel,
         };
-        let model_bytes = write_model(&self.model, folder, &options)?;
+        let model_bytes = match self.config_only {
+            true => 0,
+            false => write_model(&self.model, folder, &options)?,
+        };
         cancel.check()?;
         staging.finish()?;
         self.write_model_config(output)?;
@@ -150,7 +157,7 @@ impl BuildPlan {
         let constants = self.adapter.as_ref().map(|_| ADAPTER_FILE);
         for (key, value) in [
             ("model_path", json!(name)),
-            ("onnx_file_name", json!(GRAPH_FILE)),
+            ("onnx_file_name", json!(self.filename)),
             ("inference_settings", Value::Null),
             ("use_ort_extensions", json!(false)),
             ("external_initializers_file_name", Value::Null),

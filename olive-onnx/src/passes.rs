@@ -45,6 +45,11 @@ mod split;
 mod surgery;
 mod weight_only;
 
+/// How one block of weights becomes integers.
+pub(crate) mod blocks {
+    pub use super::weight_only::{Layout, extremes, k_quant, round_to_nearest};
+}
+
 pub use capture_split::CaptureSplitInfo;
 pub use conversion::OnnxConversion;
 pub use draft::Draft;

@@ -1,21 +1,27 @@
 //! Grouped-query attention with rotary embedding and key/value cache, one GroupQueryAttention node a layer.
 //!
 //! q, k and v are one product where nothing keeps them apart: an adapter on any of them, or weights of different kinds.
-//! Norms on the heads of q and k (Qwen 3) stand before the node, as the CPU's kernel asks.
+//! Norms on the heads of q and k (Qwen 3) stand before the node, as the CPU's and DirectML's kernels ask, or are part of it.
+//! DirectML's rotates nothing: q and k are rotated before it.
 
 use olive_core::arch::AttentionLayout;
 use olive_core::{LinearRole, LinearSpec, Result};
 
 use super::graph::Builder;
 use super::linear::Linear;
-use super::mask::{LAST_POSITIONS, TOTAL_LENGTH};
 use super::norm::simplified_norm;
+use super::options::Provider;
 use super::rope::TABLES;
 use super::weights::{Kind, Stored};
-use crate::ir::{Dim, MICROSOFT, Node, OnnxType};
+use crate::ir::{Dim, MICROSOFT, Node};
 
 /// What goes into the attention node as query, key and value; the latter two are empty where the first holds all.
 type Projected = [String; 3];
+
+/// The name of the norm of q's or k's heads.
+fn norm_weight(path: &str, part: &str) -> String {
+    format!("{}.{part}_norm.layernorm.weight", super::graph::dotted(path))
+}
 
 impl Builder<'_> {
     /// The attention of a layer over its norm's output `[batch, sequence, hidden]`.
@@ -26,11 +32,22 @@ impl Builder<'_> {
         let names = self.spec.layer_names(layer);
         if let (Some(q_norm), Some(k_norm)) = (&names.q_norm, &names.k_norm) {
             projected = self.split(&path, projected)?;
-            projected[0] = self.head_norm(&path, "q", q_norm, &projected[0], self.spec.n_heads)?;
-            projected[1] = self.head_norm(&path, "k", k_norm, &projected[1], self.spec.n_kv_heads)?;
+            if self.norms_in_attention() {
+                for (part, stored) in [("q", q_norm), ("k", k_norm)] {
+                    let weight = norm_weight(&path, part);
+                    self.initializer(self.weights.vector(&weight, stored, self.spec.head_dim)?);
+                }
+            } else {
+                projected[0] = self.head_norm(&path, "q", q_norm, &projected[0], self.spec.n_heads)?;
+                projected[1] = self.head_norm(&path, "k", k_norm, &projected[1], self.spec.n_kv_heads)?;
+            }
         }
         if layer == 0 {
             self.rope_initializers()?;
+        }
+        if !self.rotates_in_attention() {
+            projected[0] = self.rotated(&path, "q", &projected[0], self.spec.n_heads);
+            projected[1] = self.rotated(&path, "k", &projected[1], self.spec.n_kv_heads);
         }
         let attended = self.group_query_attention(layer, &path, &projected);
         let output = linears.iter().find(|linear| linear.role == LinearRole::O);
@@ -67,7 +84,7 @@ impl Builder<'_> {
                 .map(|linear| Stored::whole(std::slice::from_ref(linear)))
                 .unwrap_or_default(),
         };
-        if self.lora.is_empty() && self.weights.kind(&joined) != Kind::Mixed {
+        if self.fuses_qkv(path) && self.weights.kind(&joined)? != Kind::Mixed {
             let all = Linear {
                 path: format!("{path}/qkv_proj"),
                 stored: joined,
@@ -91,6 +108,29 @@ impl Builder<'_> {
         Ok(projected)
     }
 
+    /// Whether q, k and v may be one product.
+    fn fuses_qkv(&self, path: &str) -> bool {
+        let excluded = |part: &str| {
+            let node = format!("{path}/{part}/MatMul");
+            self.options.nodes_to_exclude.contains(&node)
+        };
+        let together = ["q_proj", "k_proj", "v_proj"]
+            .into_iter()
+            .all(|part| !excluded(part));
+        self.options.fuse_qkv && self.rotates_in_attention() && self.lora.is_empty() && together
+    }
+
+    /// Whether attention rotates q and k itself; DirectML's does not, and takes them apart.
+    pub fn rotates_in_attention(&self) -> bool {
+        self.options.provider != Provider::Dml
+    }
+
+    /// Whether attention norms the heads of q and k itself.
+    fn norms_in_attention(&self) -> bool {
+        let provider = matches!(self.options.provider, Provider::Cuda | Provider::WebGpu);
+        provider && self.options.fuse_qk_norm
+    }
+
     /// q, k and v on their own.
     fn split(&mut self, path: &str, projected: Projected) -> Result<Projected> {
         if !projected[1].is_empty() {
@@ -107,7 +147,7 @@ impl Builder<'_> {
             &outputs.each_ref().map(String::as_str),
         );
         for (output, width) in outputs.iter().zip([q, kv, kv]) {
-            self.declare(output, OnnxType::Float, super::graph::io_shape(width));
+            self.declare(output, self.io, super::graph::io_shape(width));
         }
         self.push(node.with("axis", -1));
         Ok(outputs)
@@ -123,18 +163,18 @@ impl Builder<'_> {
         heads: usize,
     ) -> Result<String> {
         let head_dim = self.spec.head_dim;
+        let weight = norm_weight(path, part);
         let path = format!("{path}/{part}_norm");
-        let weight = format!("{}.layernorm.weight", super::graph::dotted(&path));
         self.initializer(self.weights.vector(&weight, stored, head_dim)?);
         let flat = ["batch_size".into(), Dim::Unknown, Dim::Known(head_dim)];
         let shape = self.list(&[0, -1, head_dim as i64])?;
         let name = format!("{path}/Reshape_1");
         let node = Node::new(&name, "Reshape", &[input, &shape], &[&format!("{name}/output_0")]);
-        let heads_apart = self.node(node, OnnxType::Float, flat.clone());
+        let heads_apart = self.node(node, self.io, flat.clone());
         let name = format!("{path}/SimplifiedLayerNormalization");
         let output = format!("{name}/output_0");
         let node = simplified_norm(&name, [&heads_apart, &weight], &output, self.epsilon());
-        let normed = self.node(node, OnnxType::Float, flat);
+        let normed = self.node(node, self.io, flat);
         let shape = self.list(&[0, -1, (heads * head_dim) as i64])?;
         let name = format!("{path}/Reshape_2");
         let node = Node::new(
@@ -150,24 +190,18 @@ impl Builder<'_> {
         let past = ["key", "value"].map(|part| format!("past_key_values.{layer}.{part}"));
         let present = ["key", "value"].map(|part| format!("present.{layer}.{part}"));
         let [q, k, v] = projected.each_ref().map(String::as_str);
-        let [cos, sin] = TABLES;
-        let inputs = [
-            q,
-            k,
-            v,
-            &past[0],
-            &past[1],
-            LAST_POSITIONS,
-            TOTAL_LENGTH,
-            cos,
-            sin,
-            "",
-            "",
-            "",
-        ];
+        let rotates = self.rotates_in_attention();
+        let [cos, sin] = if rotates { TABLES } else { ["", ""] };
+        let [last, total] = self.mask_values();
+        let norms = ["q", "k"].map(|part| norm_weight(path, part));
+        let normed = self.spec.qk_norm && self.norms_in_attention();
+        let mut inputs = vec![q, k, v, &past[0], &past[1], last, total, cos, sin, "", "", ""];
+        if normed {
+            inputs.extend(["", "", &norms[0], &norms[1]]);
+        }
         let name = format!("{path}/GroupQueryAttention");
         let output = format!("{name}/output_0");
-        let node = Node::new(
+        let mut node = Node::new(
             &name,
             "GroupQueryAttention",
             &inputs,
@@ -179,8 +213,11 @@ impl Builder<'_> {
         .with("scale", self.spec.attention_scale() as f32)
         .with("local_window_size", self.window())
         .with("softcap", 0.0)
-        .with("do_rotary", 1)
+        .with("do_rotary", i64::from(rotates))
         .with("rotary_interleaved", 0);
+        if normed {
+            node = node.with("qk_norm_epsilon", self.epsilon());
+        }
         self.hidden(node, self.spec.q_size())
     }
 

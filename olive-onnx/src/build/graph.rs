@@ -15,6 +15,8 @@ pub struct Builder<'a> {
     pub options: &'a BuilderOptions,
     pub weights: Weights,
     pub lora: &'a LoraTargets,
+    /// The type of inputs, outputs and the values between.
+    pub io: OnnxType,
     pub graph: Graph,
     /// Constants that were made already, by name.
     constants: HashSet<String>,
@@ -47,6 +49,7 @@ impl<'a> Builder<'a> {
             options,
             weights,
             lora,
+            io: options.io_type(),
             graph: Graph {
                 name: "main_graph".to_owned(),
                 ..Graph::default()
@@ -79,9 +82,9 @@ impl<'a> Builder<'a> {
         output
     }
 
-    /// As [`Builder::node`], for a float value `[batch_size, sequence_length, width]`.
+    /// As [`Builder::node`], for a value `[batch_size, sequence_length, width]` in the graph's float type.
     pub fn hidden(&mut self, node: Node, width: usize) -> String {
-        self.node(node, OnnxType::Float, io_shape(width))
+        self.node(node, self.io, io_shape(width))
     }
 
     /// Declares a value that a node pushed by hand makes.
@@ -113,6 +116,18 @@ impl<'a> Builder<'a> {
     /// A list of whole numbers as a constant node; gives its output.
     pub fn list(&mut self, values: &[i64]) -> Result<String> {
         self.int_constant(&format!("{values:?}"), &[values.len()], values)
+    }
+
+    /// A list of one 32-bit number as a constant node; gives its output.
+    pub fn narrow_list(&mut self, value: i32) -> Result<String> {
+        let output = format!("/model/constants/INT32/[{value}]");
+        if self.constants.insert(output.clone()) {
+            let tensor = Tensor::inline(&output, OnnxType::Int32, [1], value.to_le_bytes().as_slice())?;
+            let name = format!("/model/constant_nodes/INT32/[{value}]");
+            let node = Node::new(name, "Constant", &[], &[&output]).with("value", tensor);
+            self.node(node, OnnxType::Int32, [Dim::Known(1)]);
+        }
+        Ok(output)
     }
 
     fn int_constant(&mut self, label: &str, shape: &[usize], values: &[i64]) -> Result<String> {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use olive_core::{Error, ModelSpec, Result};
 
 use super::graph::{Builder, dotted};
-use crate::ir::{Dim, Node, OnnxType, Tensor, ValueInfo};
+use crate::ir::{Dim, Node, Tensor, ValueInfo};
 
 /// The symbol of the rank; all adapter inputs of a graph share it.
 pub const LORA_RANK: &str = "lora_r";
@@ -128,14 +128,19 @@ impl Builder<'_> {
         debug_assert_eq!(dotted(path), place.module);
         let [a, b] = [place.a_name(), place.b_name()];
         let rank: Dim = LORA_RANK.into();
-        let a_info = ValueInfo::new(&a, OnnxType::Float, [place.in_features.into(), rank.clone()]);
-        let b_info = ValueInfo::new(&b, OnnxType::Float, [rank.clone(), place.out_features.into()]);
-        self.adapter_input(a_info, Tensor::floats(&a, [place.in_features, 0], &[])?);
-        self.adapter_input(b_info, Tensor::floats(&b, [0, place.out_features], &[])?);
+        let empty = |name: &str, shape: [usize; 2]| Tensor::inline(name, self.io, shape, Vec::new());
+        let [a_default, b_default] = [
+            empty(&a, [place.in_features, 0])?,
+            empty(&b, [0, place.out_features])?,
+        ];
+        let a_info = ValueInfo::new(&a, self.io, [place.in_features.into(), rank.clone()]);
+        let b_info = ValueInfo::new(&b, self.io, [rank.clone(), place.out_features.into()]);
+        self.adapter_input(a_info, a_default);
+        self.adapter_input(b_info, b_default);
         let name = format!("{path}/lora_A/MatMul");
         let node = Node::new(&name, "MatMul", &[input, &a], &[&format!("{name}/output_0")]);
         let shape = ["batch_size".into(), "sequence_length".into(), rank];
-        let down = self.node(node, OnnxType::Float, shape);
+        let down = self.node(node, self.io, shape);
         let name = format!("{path}/lora_B/MatMul");
         let node = Node::new(&name, "MatMul", &[&down, &b], &[&format!("{name}/output_0")]);
         Ok(self.hidden(node, place.out_features))

@@ -1,11 +1,12 @@
 //! The gated MLP: `down(act(gate(x)) · up(x))`.
 
 use olive_core::arch::{Activation, MlpLayout};
-use olive_core::{LinearRole, LinearSpec, Result};
+use olive_core::{Error, LinearRole, LinearSpec, Result};
 
-use super::graph::Builder;
+use super::graph::{Builder, io_shape};
 use super::linear::Linear;
-use super::weights::Stored;
+use super::options::ORIGIN;
+use super::weights::{Kind, Stored};
 use crate::ir::Node;
 
 impl Builder<'_> {
@@ -35,13 +36,51 @@ impl Builder<'_> {
             path: format!("{path}/{name}"),
             stored: stored.unwrap_or_default(),
         });
-        let gate = self.linear(&gate, input, None)?;
-        let up = self.linear(&up, input, None)?;
+        let [gate, up] = match self.options.fuse_gate_up {
+            true => self.gate_and_up(&path, &gate, &up, input)?,
+            false => [self.linear(&gate, input, None)?, self.linear(&up, input, None)?],
+        };
         let activated = self.activation(&path, &gate);
         let name = format!("{path}/Mul");
         let product = Node::new(&name, "Mul", &[&activated, &up], &[&format!("{name}/output_0")]);
         let product = self.hidden(product, width);
         self.linear(&down, &product, None)
+    }
+
+    /// Gate and up as one product, then apart.
+    fn gate_and_up(&mut self, path: &str, gate: &Linear, up: &Linear, input: &str) -> Result<[String; 2]> {
+        let wrong = |found: &str| {
+            let expected = "gate and up without adapters, both float or both packed alike, quantized alike";
+            Err(Error::config(ORIGIN, "fuse_mlp_gate_up", expected, found))
+        };
+        let stored = Stored::join(&[gate.stored.clone(), up.stored.clone()]);
+        if gate.adapter.is_some() || up.adapter.is_some() {
+            return wrong("an adapter on one of them");
+        }
+        if self.weights.kind(&stored)? == Kind::Mixed {
+            return wrong("weights of different kinds");
+        }
+        if self.method(&gate.path).is_some() != self.method(&up.path).is_some() {
+            return wrong("one that is excluded");
+        }
+        let width = self.spec.intermediate_size;
+        let both = Linear {
+            path: format!("{path}/gate_up_proj"),
+            stored,
+            adapter: None,
+        };
+        let product = self.linear(&both, input, None)?;
+        let outputs = ["gate_proj", "up_proj"].map(|part| format!("{path}/{part}/MatMul/output_0"));
+        let name = format!("{path}/gate_up_proj/Split");
+        let outs = outputs.each_ref().map(String::as_str);
+        let node = Node::new(name, "Split", &[&product], &outs)
+            .with("axis", -1)
+            .with("num_outputs", 2);
+        for output in &outputs {
+            self.declare(output, self.io, io_shape(width));
+        }
+        self.push(node);
+        Ok(outputs)
     }
 
     fn activation(&mut self, path: &str, gate: &str) -> String {

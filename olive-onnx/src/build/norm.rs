@@ -5,6 +5,9 @@ use olive_core::Result;
 use super::graph::{Builder, dotted};
 use crate::ir::{MICROSOFT, Node};
 
+/// The output that holds what the head reads.
+pub const HIDDEN_STATES: &str = "hidden_states";
+
 impl Builder<'_> {
     /// A norm over the residual stream `root`, to which `delta` is added first. Gives the normed value and the new
     /// residual.
@@ -27,7 +30,7 @@ impl Builder<'_> {
         let sum = format!("{path}/output_3");
         let node = self.skip_norm(path, [root, delta, &weight], &[&output, "", "", &sum]);
         self.hidden(node, hidden);
-        self.declare(&sum, crate::ir::OnnxType::Float, super::graph::io_shape(hidden));
+        self.declare(&sum, self.io, super::graph::io_shape(hidden));
         Ok((output, sum))
     }
 
@@ -37,7 +40,14 @@ impl Builder<'_> {
         let weight = format!("{}.weight", dotted(&path));
         let stored = self.spec.final_norm_name();
         self.initializer(self.weights.vector(&weight, stored, self.spec.hidden_size)?);
-        let node = self.skip_norm(&path, [root, delta, &weight], &[&format!("{path}/output_0")]);
+        let own = format!("{path}/output_0");
+        if self.options.include_hidden_states || self.options.exclude_lm_head {
+            // An output of the graph, declared as such.
+            let node = self.skip_norm(&path, [root, delta, &weight], &[HIDDEN_STATES]);
+            self.push(node);
+            return Ok(HIDDEN_STATES.to_owned());
+        }
+        let node = self.skip_norm(&path, [root, delta, &weight], &[&own]);
         Ok(self.hidden(node, self.spec.hidden_size))
     }
 

@@ -117,7 +117,7 @@ pub struct BuilderOptions {
     /// Whether every zero point is the middle.
     pub is_symmetric: bool,
     /// What MatMulNBits may compute in: 0 as it likes, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations. `None`
-    /// is 4 for a quantized graph on the CPU, as onnxruntime-genai's builder has it, and 0 elsewhere: the packed
+    /// is 4 for a quantized graph on the CPU or WebGPU, as onnxruntime-genai's builder has it, and 0 elsewhere: the packed
     /// linears of a float graph then see the activations that they were calibrated and trained with.
     pub accuracy_level: Option<i64>,
     /// How blocks are rounded.
@@ -218,8 +218,10 @@ impl BuilderOptions {
 
     /// The level that is put on the nodes; 0 is left out.
     pub fn effective_accuracy_level(&self) -> i64 {
-        let quantized_cpu = self.provider == Provider::Cpu && self.precision.bits().is_some();
-        self.accuracy_level.unwrap_or(if quantized_cpu { 4 } else { 0 })
+        let rounds = matches!(self.provider, Provider::Cpu | Provider::WebGpu);
+        let quantized = self.precision.bits().is_some();
+        self.accuracy_level
+            .unwrap_or(if rounds && quantized { 4 } else { 0 })
     }
 
     /// The type of inputs, outputs and everything between: `FLOAT` for fp32 and for quantized graphs on the CPU,

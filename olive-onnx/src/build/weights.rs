@@ -1,15 +1,22 @@
 //! Weights on their way from the checkpoint to the graph. Nothing is read before a tensor is written, apart from
-//! biases, which have to be known to be zero or not.
+//! biases, which have to be known to be zero or not; and nothing is held but the piece that is being made.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use olive_core::{Error, HfModel, LinearSpec, LinearWeight, ModelHandle, QuantMatrix, Result, WeightKind};
+use olive_core::packed::nf4;
+use olive_core::{Error, HfModel, LinearSpec, ModelHandle, QuantMatrix, Result, WeightKind};
 use rayon::prelude::*;
 
-use super::options::BuilderOptions;
-use super::quantize::{BlockQuantized, quantize_blocks};
-use crate::ir::{OnnxType, Tensor};
+use super::blocks::Blocks;
+use super::floats;
+use super::quantize::{BlockQuantized, Method, quantize_rows};
+use super::rows::RowReader;
+use crate::ir::{OnnxType, Pieces, Tensor};
+
+/// Bytes of a piece of a float tensor.
+const PIECE: usize = 16 << 20;
 
 /// Rows of stored linears, one below the other: what the graph takes as one linear. Fused projections are cut and
 /// split ones are joined this way.
@@ -43,6 +50,11 @@ impl Stored {
         }
     }
 
+    /// The linears, and which of their rows.
+    pub fn parts(&self) -> &[(LinearSpec, Range<usize>)] {
+        &self.parts
+    }
+
     pub fn in_features(&self) -> usize {
         self.parts.first().map_or(0, |(linear, _)| linear.in_features)
     }
@@ -52,57 +64,129 @@ impl Stored {
     }
 }
 
-/// Whether a linear's weight is packed in the checkpoint.
+/// How a linear's weight is stored in the checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Floats.
+    /// Floats, or the 4-bit floats of bitsandbytes, which no operator takes and which are read as what they stand for.
     Dense,
-    /// Integers, in groups of the checkpoint's size.
-    Packed,
-    /// Parts of both kinds, which no operator takes as one.
+    /// Integers.
+    Packed(PackedKind),
+    /// Parts that no operator takes as one.
     Mixed,
 }
 
-/// The checkpoint.
+/// How integers are stored, as MatMulNBits takes them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PackedKind {
+    /// 4 or 8.
+    pub bits: usize,
+    /// Inputs that share a scale in the checkpoint.
+    pub group_size: usize,
+    /// Inputs that share a scale in the graph: the largest power of two that divides the group, at most
+    /// [`MAX_BLOCK`]. The blocks of a group have the same scale and zero point.
+    pub block_size: usize,
+    /// Whether zero points are stored.
+    pub has_zeros: bool,
+}
+
+/// Blocks that the kernels take.
+const MIN_BLOCK: usize = 16;
+const MAX_BLOCK: usize = 256;
+
+/// The checkpoint, and the type of floats in the graph.
 #[derive(Clone)]
 pub struct Weights {
     source: Arc<HfModel>,
+    io: OnnxType,
 }
 
 impl Weights {
-    pub fn new(source: Arc<HfModel>) -> Self {
-        Self { source }
+    pub fn new(source: Arc<HfModel>, io: OnnxType) -> Self {
+        Self { source, io }
     }
 
     /// A stored vector of floats.
     pub fn vector(&self, name: &str, stored: &str, length: usize) -> Result<Tensor> {
-        self.floats(name, stored, vec![length])
-    }
-
-    /// A stored matrix of floats, as it is stored.
-    pub fn table(&self, name: &str, stored: &str, shape: [usize; 2]) -> Result<Tensor> {
-        self.floats(name, stored, shape.to_vec())
-    }
-
-    fn floats(&self, name: &str, stored: &str, shape: Vec<usize>) -> Result<Tensor> {
-        let (weights, stored, wanted) = (self.clone(), stored.to_owned(), shape.clone());
+        let (weights, stored) = (self.clone(), stored.to_owned());
         let produce = move || {
-            let values = weights.source.tensors().read_f32_checked(&stored, &wanted)?;
-            Ok(float_bytes(&values))
+            let values = weights.source.tensors().read_f32_checked(&stored, &[length])?;
+            Ok(floats::encode(&values, weights.io))
         };
-        Tensor::produced(name, OnnxType::Float, shape, Arc::new(produce))
+        Tensor::produced(name, self.io, [length], Arc::new(produce))
     }
 
-    /// Whether the parts are stored dense or packed.
-    pub fn kind(&self, stored: &Stored) -> Kind {
-        let tensors = self.source.tensors();
-        let dense = |linear: &LinearSpec| tensors.info(&format!("{}.weight", linear.name)).is_some();
-        let count = stored.parts.iter().filter(|(linear, _)| dense(linear)).count();
-        match count {
-            0 => Kind::Packed,
-            _ if count == stored.parts.len() => Kind::Dense,
-            _ => Kind::Mixed,
+    /// A constant vector of floats in the graph's type.
+    pub fn constant(&self, name: &str, values: &[f32]) -> Result<Tensor> {
+        let bytes = floats::encode(values, self.io);
+        Tensor::inline(name, self.io, [values.len()], bytes)
+    }
+
+    /// A matrix `[out, in]` of floats, as it is stored.
+    pub fn table(&self, name: &str, stored: &Stored) -> Result<Tensor> {
+        let [rows, cols] = [stored.out_features(), stored.in_features()];
+        let (weights, stored) = (self.clone(), stored.clone());
+        let in_piece = (PIECE / (cols * 4)).clamp(1, rows.max(1));
+        let piece = move |index: usize| {
+            let reader = weights.reader(&stored)?;
+            let first = index * in_piece;
+            let count = in_piece.min(rows - first);
+            let mut values = vec![0f32; count * cols];
+            values
+                .par_chunks_exact_mut(cols)
+                .enumerate()
+                .for_each(|(row, out)| reader.read(first + row, out));
+            reader.check()?;
+            reader.release(first..first + count);
+            Ok(floats::encode(&values, weights.io))
+        };
+        let pieces = Pieces {
+            count: rows.div_ceil(in_piece),
+            piece,
+        };
+        Tensor::produced(name, self.io, [rows, cols], Arc::new(pieces))
+    }
+
+    /// How the parts are stored.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for groups that no operator takes; errors of the quantization config.
+    pub fn kind(&self, stored: &Stored) -> Result<Kind> {
+        let mut kinds = stored.parts.iter().map(|(linear, _)| self.part_kind(linear));
+        let Some(first) = kinds.next().transpose()? else {
+            return Ok(Kind::Dense);
+        };
+        for kind in kinds {
+            if kind? != first {
+                return Ok(Kind::Mixed);
+            }
         }
+        Ok(first)
+    }
+
+    fn part_kind(&self, linear: &LinearSpec) -> Result<Kind> {
+        let tensors = self.source.tensors();
+        let Some(quantization) = &self.source.spec().quantization else {
+            return Ok(Kind::Dense);
+        };
+        let dense = tensors.info(&format!("{}.weight", linear.name)).is_some();
+        if dense || nf4::is_stored(tensors, &linear.name) {
+            return Ok(Kind::Dense);
+        }
+        let settings = quantization.module(&linear.name)?;
+        let group_size = settings.checked_group(&linear.name, [linear.out_features, linear.in_features])?;
+        let block_size = (1 << group_size.trailing_zeros()).min(MAX_BLOCK);
+        if block_size < MIN_BLOCK {
+            let what = format!("`{}`, packed in groups of {group_size}", linear.name);
+            let reason = "groups have to be multiples of 16";
+            return Err(Error::unsupported(what, reason));
+        }
+        let always = matches!(quantization.quant_method.as_str(), "awq" | "gptq");
+        Ok(Kind::Packed(PackedKind {
+            bits: settings.bits,
+            group_size,
+            block_size,
+            has_zeros: always || !settings.symmetric,
+        }))
     }
 
     /// The bias of a linear; `None` where there is none or all of it is zero.
@@ -125,221 +209,220 @@ impl Weights {
 
     /// A dense weight as MatMul takes it, `[in, out]`.
     pub fn transposed(&self, name: &str, stored: &Stored) -> Result<Tensor> {
-        let shape = [stored.in_features(), stored.out_features()];
-        let (weights, stored) = (self.clone(), stored.clone());
-        let produce = move || {
-            let values = weights.dense(&stored)?;
-            Ok(transposed_bytes(
-                &values,
-                stored.out_features(),
-                stored.in_features(),
-            ))
-        };
-        Tensor::produced(name, OnnxType::Float, shape, Arc::new(produce))
-    }
-
-    /// The parts of a MatMulNBits weight made of a dense one.
-    pub fn quantized(&self, stored: &Stored, options: &BuilderOptions) -> Blocks {
         let [rows, cols] = [stored.out_features(), stored.in_features()];
         let (weights, stored) = (self.clone(), stored.clone());
-        let (block_size, symmetric) = (options.block_size, options.is_symmetric);
-        Blocks {
-            rows,
-            blocks: cols.div_ceil(block_size),
-            block_size,
-            has_zeros: !symmetric,
-            making: Arc::new(Making {
-                make: Box::new(move || {
-                    let values = weights.dense(&stored)?;
-                    Ok(quantize_blocks(&values, [rows, cols], block_size, symmetric))
-                }),
-                made: Mutex::new(None),
-            }),
-        }
+        let in_piece = (PIECE / (rows.max(1) * 4)).clamp(1, cols.max(1));
+        let piece = move |index: usize| {
+            let reader = weights.reader(&stored)?;
+            let first = index * in_piece;
+            let columns = first..(first + in_piece).min(cols);
+            let last = columns.end == cols;
+            let values = transposed(&reader, [rows, cols], columns);
+            reader.check()?;
+            if last {
+                reader.release(0..rows);
+            }
+            Ok(floats::encode(&values, weights.io))
+        };
+        let pieces = Pieces {
+            count: cols.div_ceil(in_piece),
+            piece,
+        };
+        Tensor::produced(name, self.io, [cols, rows], Arc::new(pieces))
+    }
+
+    /// The parts of a MatMulNBits weight made of a dense one, whose values are rounded to the graph's type first.
+    pub fn quantized(&self, stored: &Stored, method: Method) -> Blocks {
+        let shape = [stored.out_features(), stored.in_features()];
+        let (weights, stored) = (self.clone(), stored.clone());
+        let make = move || {
+            let reader = weights.reader(&stored)?;
+            let read = |row: usize, out: &mut [f32]| {
+                reader.read(row, out);
+                floats::round(out, weights.io);
+            };
+            let made = quantize_rows(shape, method, &read);
+            reader.check()?;
+            reader.release(0..shape[0]);
+            Ok(made)
+        };
+        Blocks::new(
+            shape,
+            method.bits,
+            method.block_size,
+            method.has_zeros(),
+            self.io,
+            make,
+        )
     }
 
     /// The parts of a MatMulNBits weight that the checkpoint holds packed: the same integers, zero points and scales.
-    pub fn packed(&self, stored: &Stored) -> Result<Blocks> {
-        let spec = self.source.spec();
-        let cols = stored.in_features();
-        let group = spec.quantization.as_ref().map_or(0, |q| q.group_size);
-        let block_size = usize::try_from(group).ok().filter(|size| *size > 0);
-        let block_size = block_size
-            .filter(|size| cols.is_multiple_of(*size))
-            .ok_or_else(|| {
-                let what = format!("groups of {group} for {cols} inputs");
-                Error::unsupported(what, "a packed row has to be whole groups")
-            })?;
-        let rows = stored.out_features();
+    pub fn packed(&self, stored: &Stored, kind: PackedKind) -> Blocks {
+        let shape = [stored.out_features(), stored.in_features()];
         let (weights, stored) = (self.clone(), stored.clone());
-        Ok(Blocks {
-            rows,
-            blocks: cols / block_size,
-            block_size,
-            has_zeros: true,
-            making: Arc::new(Making {
-                make: Box::new(move || weights.read_packed(&stored, block_size)),
-                made: Mutex::new(None),
-            }),
-        })
+        let make = move || weights.read_packed(&stored, kind);
+        Blocks::new(shape, kind.bits, kind.block_size, kind.has_zeros, self.io, make)
     }
 
-    /// The rows as dense `[out, in]`.
-    fn dense(&self, stored: &Stored) -> Result<Vec<f32>> {
-        let mut values = Vec::with_capacity(stored.out_features() * stored.in_features());
-        for (linear, rows) in &stored.parts {
-            let read = self.read(linear)?;
-            let cols = linear.in_features;
-            match read.weight {
-                WeightKind::Dense(part, _) if values.is_empty() && rows.len() == linear.out_features => {
-                    values = part;
-                }
-                other => values.extend_from_slice(&other.to_dense()[rows.start * cols..rows.end * cols]),
-            }
-        }
-        Ok(values)
+    fn reader<'a>(&'a self, stored: &Stored) -> Result<RowReader<'a>> {
+        RowReader::open(self.source.tensors(), self.source.spec(), stored.parts())
     }
 
-    fn read_packed(&self, stored: &Stored, block_size: usize) -> Result<BlockQuantized> {
-        let mut joined: Option<BlockQuantized> = None;
+    fn read_packed(&self, stored: &Stored, kind: PackedKind) -> Result<BlockQuantized> {
+        let mut joined = BlockQuantized {
+            values: Vec::new(),
+            scales: Vec::new(),
+            zeros: Vec::new(),
+        };
         for (linear, rows) in &stored.parts {
-            let WeightKind::Packed(matrix) = self.read(linear)?.weight else {
-                return Err(Error::tensor(&linear.name, "a packed weight", "a dense one"));
+            let shape = [linear.out_features, linear.in_features];
+            let quantization = self.source.spec().quantization.as_ref();
+            let read = WeightKind::read(self.source.tensors(), quantization, &linear.name, shape)?;
+            let WeightKind::Packed(matrix) = read else {
+                return Err(Error::tensor(
+                    &linear.name,
+                    "packed integers",
+                    "another kind of weight",
+                ));
             };
-            if matrix.bits != 4 || matrix.group_size != block_size {
+            if [matrix.bits, matrix.group_size] != [kind.bits, kind.group_size] {
                 let found = format!("{} bits, groups of {}", matrix.bits, matrix.group_size);
-                let expected = format!("4 bits, groups of {block_size} as the config says");
+                let expected = format!(
+                    "{} bits, groups of {} as the config says",
+                    kind.bits, kind.group_size
+                );
                 return Err(Error::tensor(&linear.name, expected, found));
             }
-            let part = blocks_of(matrix.slice_rows(rows.clone()));
-            match &mut joined {
-                None => joined = Some(part),
-                Some(all) => {
-                    all.values.extend_from_slice(&part.values);
-                    all.scales.extend_from_slice(&part.scales);
-                    all.zeros.extend_from_slice(&part.zeros);
-                }
-            }
+            let part = match rows.len() == matrix.rows {
+                true => matrix,
+                false => matrix.slice_rows(rows.clone()),
+            };
+            append(&mut joined, part, kind);
         }
-        joined.ok_or_else(|| Error::tensor("packed weight", "at least one part", "none"))
-    }
-
-    fn read(&self, linear: &LinearSpec) -> Result<LinearWeight> {
-        // The bias goes its own way.
-        let linear = LinearSpec {
-            bias: false,
-            ..linear.clone()
-        };
-        LinearWeight::read(self.source.tensors(), self.source.spec(), &linear)
+        Ok(joined)
     }
 }
 
-/// The canonical order of packed weights is that of MatMulNBits.
-fn blocks_of(matrix: QuantMatrix) -> BlockQuantized {
-    let zero_bytes = matrix.groups().div_ceil(2);
-    BlockQuantized {
-        zeros: matrix
-            .zeros
-            .unwrap_or_else(|| vec![0x88; matrix.rows * zero_bytes]),
-        values: matrix.values,
-        scales: matrix.scales,
+/// Appends a matrix in canonical order, its groups split into blocks that share their scale and zero point.
+fn append(joined: &mut BlockQuantized, matrix: QuantMatrix, kind: PackedKind) {
+    let repeat = kind.group_size / kind.block_size;
+    let (rows, groups) = (matrix.rows, matrix.groups());
+    if kind.has_zeros {
+        let spread: Vec<u8> = matrix
+            .unpack_zeros()
+            .into_iter()
+            .flat_map(|zero| std::iter::repeat_n(zero, repeat))
+            .collect();
+        let packed = olive_core::packed::pack_rows(&spread, groups * repeat, kind.bits);
+        debug_assert_eq!(packed.len(), rows * (groups * repeat * kind.bits).div_ceil(8));
+        joined.zeros.extend(packed);
     }
+    let scales = matrix.scales.into_iter();
+    joined
+        .scales
+        .extend(scales.flat_map(|scale| std::iter::repeat_n(scale, repeat)));
+    // Groups are whole bytes, so rows are too.
+    joined.values.extend(matrix.values);
 }
 
-/// A MatMulNBits weight `[rows, blocks, block_size / 2]` that is made once for all its tensors.
-pub struct Blocks {
-    pub rows: usize,
-    pub blocks: usize,
-    pub block_size: usize,
-    pub has_zeros: bool,
-    making: Arc<Making>,
-}
-
-struct Making {
-    make: Box<dyn Fn() -> Result<BlockQuantized> + Send + Sync>,
-    made: Mutex<Option<BlockQuantized>>,
-}
-
-impl Making {
-    /// Hands out one part; what was made is dropped after the `last`.
-    fn part(&self, last: bool, take: impl Fn(&mut BlockQuantized) -> Vec<u8>) -> Result<Vec<u8>> {
-        let mut made = match self.made.lock() {
-            Ok(made) => made,
-            Err(poisoned) => poisoned.into_inner(),
-        };
-        let mut blocks = match made.take() {
-            Some(blocks) => blocks,
-            None => (self.make)()?,
-        };
-        let bytes = take(&mut blocks);
-        if !last {
-            *made = Some(blocks);
-        }
-        Ok(bytes)
-    }
-}
-
-impl Blocks {
-    /// The integers, `[rows, blocks, block_size / 2]`.
-    pub fn values(&self, name: &str) -> Result<Tensor> {
-        let making = self.making.clone();
-        let produce = move || making.part(false, |blocks| blocks.values.clone());
-        let shape = [self.rows, self.blocks, self.block_size / 2];
-        Tensor::produced(name, OnnxType::Uint8, shape, Arc::new(produce))
-    }
-
-    /// The scales, of a shape with `rows · blocks` elements.
-    pub fn scales(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let (making, last) = (self.making.clone(), !self.has_zeros);
-        let produce = move || making.part(last, |blocks| float_bytes(&blocks.scales));
-        Tensor::produced(name, OnnxType::Float, shape, Arc::new(produce))
-    }
-
-    /// The zero points, two in a byte, of a shape with `rows · ceil(blocks / 2)` elements.
-    pub fn zeros(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let making = self.making.clone();
-        let produce = move || making.part(true, |blocks| std::mem::take(&mut blocks.zeros));
-        Tensor::produced(name, OnnxType::Uint8, shape, Arc::new(produce))
-    }
-}
-
-fn float_bytes(values: &[f32]) -> Vec<u8> {
-    bytemuck::cast_slice::<f32, u8>(values).to_vec()
-}
-
-/// `values [rows, cols]` → bytes of `[cols, rows]`.
-fn transposed_bytes(values: &[f32], rows: usize, cols: usize) -> Vec<u8> {
-    /// Columns that one task writes: a cache line of each row that it reads.
+/// Columns of a matrix as rows: `[columns, rows]`.
+fn transposed(reader: &RowReader<'_>, [rows, cols]: [usize; 2], columns: Range<usize>) -> Vec<f32> {
+    /// Rows that are turned at once: a cache line of each column that is written.
     const STRIP: usize = 16;
-    let mut out = vec![0f32; values.len()];
-    out.par_chunks_mut((STRIP * rows).max(1))
+    /// Columns of a tile.
+    const WIDTH: usize = 256;
+    let mut out = vec![0f32; columns.len() * rows];
+    // A task writes whole columns; it reads a part of each row.
+    let tile = WIDTH.min(columns.len().max(1));
+    let done = AtomicUsize::new(0);
+    out.par_chunks_mut(tile * rows.max(1))
         .enumerate()
-        .for_each(|(strip, out)| {
-            let first = strip * STRIP;
-            for (row, line) in values.chunks_exact(cols).enumerate() {
-                for (offset, value) in line[first..(first + STRIP).min(cols)].iter().enumerate() {
-                    out[offset * rows + row] = *value;
+        .for_each(|(index, out)| {
+            let first = columns.start + index * tile;
+            let width = out.len() / rows;
+            let mut strip = vec![0f32; STRIP * width];
+            for start in (0..rows).step_by(STRIP) {
+                let count = STRIP.min(rows - start);
+                for (offset, line) in strip.chunks_exact_mut(width).take(count).enumerate() {
+                    reader.read_part(start + offset, first..first + width, line);
+                }
+                for column in 0..width {
+                    let target = &mut out[column * rows + start..column * rows + start + count];
+                    for (offset, value) in target.iter_mut().enumerate() {
+                        *value = strip[offset * width + column];
+                    }
                 }
             }
+            done.fetch_add(width, Ordering::Relaxed);
         });
-    float_bytes(&out)
+    debug_assert!(columns.end <= cols && done.into_inner() == columns.len());
+    out
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     #[test]
     fn transposing_places_every_element() {
-        for (rows, cols) in [(1, 1), (3, 16), (5, 17), (16, 33), (40, 15)] {
-            let values: Vec<f32> = (0..rows * cols).map(|i| i as f32).collect();
-            let bytes = transposed_bytes(&values, rows, cols);
-            let out: Vec<f32> = olive_core::DType::F32.to_f32(&bytes).unwrap();
-            for row in 0..rows {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/tiny-phi3");
+        let source = Arc::new(HfModel::open(fixture).unwrap());
+        let linear = source.spec().linears(0).remove(0);
+        let [rows, cols] = [linear.out_features, linear.in_features];
+        let dense = source
+            .tensors()
+            .read_f32(&format!("{}.weight", linear.name))
+            .unwrap();
+        let weights = Weights::new(source, OnnxType::Float);
+        let whole = Stored::whole(std::slice::from_ref(&linear));
+        let cut = Stored::rows(&linear, 5..rows - 3);
+        for (stored, first) in [(&whole, 0), (&cut, 5)] {
+            let tensor = weights.transposed("w", stored).unwrap();
+            let count = stored.out_features();
+            let got = tensor.to_f32().unwrap();
+            assert_eq!(tensor.shape(), [cols, count]);
+            for row in 0..count {
                 for col in 0..cols {
-                    assert_eq!(out[col * rows + row], values[row * cols + col]);
+                    assert_eq!(got[col * count + row], dense[(first + row) * cols + col]);
                 }
             }
+            let reader = weights.reader(stored).unwrap();
+            let part = transposed(&reader, [count, cols], 7..18);
+            assert_eq!(part, got[7 * count..18 * count]);
+            assert_eq!(
+                weights.table("w", stored).unwrap().to_f32().unwrap(),
+                dense[first * cols..(first + count) * cols]
+            );
         }
+    }
+
+    #[test]
+    fn groups_are_split_into_blocks_that_share_their_scale() {
+        let values: Vec<u8> = (0..2 * 96).map(|i| (i * 7 % 16) as u8).collect();
+        let matrix = QuantMatrix::pack(
+            [2, 96],
+            4,
+            96,
+            &values,
+            (vec![0.5, 0.25], olive_core::DType::F32),
+            Some(&[3, 9]),
+        )
+        .unwrap();
+        let kind = PackedKind {
+            bits: 4,
+            group_size: 96,
+            block_size: 32,
+            has_zeros: true,
+        };
+        let mut joined = BlockQuantized {
+            values: Vec::new(),
+            scales: Vec::new(),
+            zeros: Vec::new(),
+        };
+        append(&mut joined, matrix.clone(), kind);
+        assert_eq!(joined.values, matrix.values);
+        assert_eq!(joined.scales, [0.5, 0.5, 0.5, 0.25, 0.25, 0.25]);
+        assert_eq!(joined.zeros, [0x33, 0x03, 0x99, 0x09]);
     }
 }

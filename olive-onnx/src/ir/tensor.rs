@@ -9,6 +9,9 @@ use olive_core::{Error, Result};
 use super::dtype::OnnxType;
 use crate::mmap::MappedFile;
 
+/// Takes the bytes of a tensor piece by piece, in order.
+pub type Sink<'a, 'b> = &'a mut dyn FnMut(Cow<'b, [u8]>) -> Result<()>;
+
 /// Makes a tensor's bytes when they are asked for, so that a model is written a tensor at a time.
 pub trait Producer: Send + Sync {
     /// The little-endian, row-major bytes. The same bytes every time.
@@ -16,11 +19,41 @@ pub trait Producer: Send + Sync {
     /// # Errors
     /// Whatever reading or converting the source meets.
     fn produce(&self) -> Result<Vec<u8>>;
+
+    /// Hands the same bytes to `sink` in pieces, for tensors that are better never held whole.
+    ///
+    /// # Errors
+    /// As [`Producer::produce`], and those of `sink`.
+    fn pieces(&self, sink: Sink<'_, '_>) -> Result<()> {
+        sink(Cow::Owned(self.produce()?))
+    }
 }
 
 impl<F: Fn() -> Result<Vec<u8>> + Send + Sync> Producer for F {
     fn produce(&self) -> Result<Vec<u8>> {
         self()
+    }
+}
+
+/// A [`Producer`] of `count` pieces, of which `piece` makes any.
+pub struct Pieces<F> {
+    /// How many there are.
+    pub count: usize,
+    /// Makes the piece of this number.
+    pub piece: F,
+}
+
+impl<F: Fn(usize) -> Result<Vec<u8>> + Send + Sync> Producer for Pieces<F> {
+    fn produce(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        for index in 0..self.count {
+            bytes.append(&mut (self.piece)(index)?);
+        }
+        Ok(bytes)
+    }
+
+    fn pieces(&self, sink: Sink<'_, '_>) -> Result<()> {
+        (0..self.count).try_for_each(|index| sink(Cow::Owned((self.piece)(index)?)))
     }
 }
 
@@ -200,6 +233,26 @@ impl Tensor {
                 }
             }
         }
+    }
+
+    /// Hands the bytes to `sink` in pieces, in order.
+    ///
+    /// # Errors
+    /// As [`Tensor::bytes`], and those of `sink`.
+    pub fn pieces<'t>(&'t self, sink: Sink<'_, 't>) -> Result<()> {
+        let Data::Produced(producer) = &self.data else {
+            return sink(self.bytes()?);
+        };
+        let mut length = 0;
+        producer.pieces(&mut |bytes| {
+            length += bytes.len();
+            sink(Cow::Owned(bytes.into_owned()))
+        })?;
+        if length == self.byte_len() {
+            return Ok(());
+        }
+        let expected = format!("{} bytes for {}{:?}", self.byte_len(), self.dtype, self.shape);
+        Err(Error::tensor(&self.name, expected, length.to_string()))
     }
 
     /// The bytes without a copy; `None` if they have to be made first.

@@ -6,16 +6,18 @@
 
 use std::path::Path;
 
-use olive_core::{Error, Family, ModelSpec, Result, fsio};
+use olive_core::{Error, Family, ModelSpec, Result, RopeScaling, fsio};
 use serde_json::{Map, Value, json};
 
+use crate::build::{BuilderOptions, Provider};
+
 /// The config for a checkpoint in `folder`: sizes from its spec; tokens and sampling from `generation_config.json`,
-/// then `config.json`, then the tokenizer; `overrides` go over the `search` part.
+/// then `config.json`, then the tokenizer; `options.search` goes over the `search` part.
 ///
 /// # Errors
 /// [`Error::Io`], [`Error::Json`], [`Error::Config`] for a value of the wrong type, or [`Error::UnknownKey`] for an
 /// override that the runtime does not know.
-pub fn genai_config(folder: &Path, spec: &ModelSpec, overrides: &Map<String, Value>) -> Result<Value> {
+pub fn genai_config(folder: &Path, spec: &ModelSpec, options: &BuilderOptions) -> Result<Value> {
     let generation = Fields::read(&folder.join("generation_config.json"))?;
     let tokenizer = Tokens::read(folder)?;
     let eos = eos_tokens(&generation, spec, &tokenizer)?;
@@ -35,13 +37,13 @@ pub fn genai_config(folder: &Path, spec: &ModelSpec, overrides: &Map<String, Val
         "model": {
             "bos_token_id": bos,
             "context_length": spec.max_position,
-            "decoder": decoder(spec),
+            "decoder": decoder(spec, options),
             "eos_token_id": eos,
             "pad_token_id": pad,
             "type": runtime_type(spec.family),
             "vocab_size": spec.vocab_size,
         },
-        "search": overridden(search(&generation, spec)?, overrides)?,
+        "search": overridden(search(&generation, spec)?, &options.search)?,
     }))
 }
 
@@ -56,27 +58,65 @@ const fn runtime_type(family: Family) -> &'static str {
     }
 }
 
-fn decoder(spec: &ModelSpec) -> Value {
+fn decoder(spec: &ModelSpec, options: &BuilderOptions) -> Value {
+    let mut inputs = Map::new();
+    let tokens = match options.exclude_embeds {
+        true => "inputs_embeds",
+        false => "input_ids",
+    };
+    for name in [tokens, "attention_mask"] {
+        inputs.insert(name.to_owned(), name.into());
+    }
+    if options.provider == Provider::Dml {
+        inputs.insert("position_ids".to_owned(), "position_ids".into());
+    }
+    inputs.insert("past_key_names".to_owned(), "past_key_values.%d.key".into());
+    inputs.insert("past_value_names".to_owned(), "past_key_values.%d.value".into());
+    let mut outputs = Map::new();
+    if !options.exclude_lm_head {
+        outputs.insert("logits".to_owned(), "logits".into());
+    }
+    outputs.insert("present_key_names".to_owned(), "present.%d.key".into());
+    outputs.insert("present_value_names".to_owned(), "present.%d.value".into());
     json!({
-        "session_options": { "log_id": "onnxruntime-genai", "provider_options": [] },
-        "filename": crate::model::GRAPH_FILE,
+        "session_options": {
+            "log_id": "onnxruntime-genai",
+            "provider_options": provider_options(spec, options),
+        },
+        "filename": options.filename,
         "head_size": spec.head_dim,
         "hidden_size": spec.hidden_size,
-        "inputs": {
-            "input_ids": "input_ids",
-            "attention_mask": "attention_mask",
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
-        },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
+        "inputs": inputs,
+        "outputs": outputs,
         "num_attention_heads": spec.n_heads,
-        "num_hidden_layers": spec.n_layers,
+        "num_hidden_layers": options.n_layers.unwrap_or(spec.n_layers),
         "num_key_value_heads": spec.n_kv_heads,
     })
+}
+
+/// What the runtime tells the provider; the CPU needs nothing.
+fn provider_options(spec: &ModelSpec, options: &BuilderOptions) -> Value {
+    let flag = |on: bool| if on { "1" } else { "0" };
+    match options.provider {
+        Provider::Cpu => json!([]),
+        Provider::Cuda => json!([{"cuda": {"enable_cuda_graph": flag(options.enable_cuda_graph)}}]),
+        Provider::Dml => json!([{"dml": {"enable_graph_capture": "1"}}]),
+        Provider::WebGpu => {
+            let captured = options.enable_webgpu_graph;
+            let validation = if captured { "disabled" } else { "basic" };
+            let mut webgpu = json!({"enableGraphCapture": flag(captured), "validationMode": validation});
+            if let RopeScaling::LongRope {
+                original_max_position: original,
+                ..
+            } = &spec.rope.scaling
+                && captured
+                && *original < spec.max_position
+            {
+                webgpu["multiRotaryCacheConcatOffset"] = json!(original.to_string());
+            }
+            json!([{"webgpu": webgpu}])
+        }
+    }
 }
 
 fn search(generation: &Fields, spec: &ModelSpec) -> Result<Value> {

@@ -17,7 +17,9 @@ mod rtn;
 pub use blocks::{BlockQuantizer, Layout, pack, unpack};
 pub use hqq::PASS as HQQ;
 pub use kquant::PASS as KQUANT;
+pub use kquant::quantize_block as k_quant;
 pub use rtn::PASS as RTN;
+pub use rtn::{extremes, round_to_nearest};
 
 use blocks::{Lazy, Zeros};
 

@@ -1,8 +1,10 @@
 //! From the IR to files: the constants first, one at a time, into one data file; the graph last.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
+use std::sync::mpsc;
 
 use olive_core::{CancelToken, Error, Progress, Result, fsio};
 use prost::Message;
@@ -56,7 +58,11 @@ pub fn write_model(model: &Model, folder: &Path, options: &WriteOptions<'_>) -> 
     result
 }
 
-/// Writes the constants of the graph to `path`; the messages that say where each is.
+/// Pieces that wait for the disk while the next one is made.
+const WAITING: usize = 2;
+
+/// Writes the constants of the graph to `path`; the messages that say where each is. One thread writes while the others
+/// make what comes next.
 fn write_data(
     model: &Model,
     path: &Path,
@@ -65,7 +71,40 @@ fn write_data(
 ) -> Result<(Vec<TensorProto>, u64)> {
     let tensors = &model.graph.initializers;
     options.progress.start("write weights", tensors.len() as u64);
-    let mut file = BufWriter::new(File::create(path).map_err(Error::io("create", path))?);
+    let file = File::create(path).map_err(Error::io("create", path))?;
+    let (sender, receiver) = mpsc::sync_channel::<Cow<'_, [u8]>>(WAITING);
+    let made = std::thread::scope(|scope| {
+        let writer = scope.spawn(move || write_pieces(file, path, receiver));
+        let made = make_data(tensors, location, options, sender);
+        let written = writer
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // Where the writer stopped, what was made could not be handed over, and the writer knows why.
+        written.and(made)
+    })?;
+    options.progress.finish();
+    Ok(made)
+}
+
+/// Writes pieces as they come, then syncs the file.
+fn write_pieces(file: File, path: &Path, pieces: mpsc::Receiver<Cow<'_, [u8]>>) -> Result<()> {
+    let mut file = BufWriter::with_capacity(1 << 20, file);
+    for piece in pieces {
+        file.write_all(&piece).map_err(Error::io("write", path))?;
+    }
+    let file = file
+        .into_inner()
+        .map_err(|e| Error::io("write", path)(e.into_error()))?;
+    file.sync_all().map_err(Error::io("sync", path))
+}
+
+/// Makes the constants, in order, for the thread that writes them.
+fn make_data<'m>(
+    tensors: &'m [Tensor],
+    location: &str,
+    options: &WriteOptions<'_>,
+    sender: mpsc::SyncSender<Cow<'m, [u8]>>,
+) -> Result<(Vec<TensorProto>, u64)> {
     let mut offset = 0u64;
     let mut protos = Vec::with_capacity(tensors.len());
     for (done, tensor) in tensors.iter().enumerate() {
@@ -73,18 +112,14 @@ fn write_data(
         if tensor.is_empty() || is_shape(tensor) {
             protos.push(tensor_proto(tensor)?);
         } else {
-            let bytes = tensor.bytes()?;
-            file.write_all(&bytes).map_err(Error::io("write", path))?;
             protos.push(external_proto(tensor, location, offset));
-            offset += bytes.len() as u64;
+            tensor.pieces(&mut |bytes| {
+                offset += bytes.len() as u64;
+                sender.send(bytes).map_err(|_| Error::Cancelled)
+            })?;
         }
         options.progress.update(done as u64 + 1, &tensor.name);
     }
-    let file = file
-        .into_inner()
-        .map_err(|e| Error::io("write", path)(e.into_error()))?;
-    file.sync_all().map_err(Error::io("sync", path))?;
-    options.progress.finish();
     Ok((protos, offset))
 }
 

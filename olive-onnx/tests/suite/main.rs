@@ -7,6 +7,7 @@ mod building;
 mod families;
 mod golden;
 mod hostile;
+mod options;
 mod packed;
 mod reading;
 mod round_trip;

@@ -112,16 +112,26 @@ impl BlockQuantizer for KQuant {
 
     fn quantize(&self, weight: &[f32], shape: [usize; 2], layout: Layout) -> Integers {
         by_block(weight, shape, layout, |block, codes| {
-            let mut padded = block.to_vec();
-            padded.resize(layout.block_size, 0.0);
-            let (scale, zero) = search(&padded, layout.max());
-            for (code, value) in codes.iter_mut().zip(block) {
-                let q = f64::from(*value) / f64::from(scale) + f64::from(zero);
-                *code = q.round_ties_even().clamp(0.0, f64::from(layout.max())) as u8;
-            }
-            (scale, zero)
+            quantize_block(block, codes, layout)
         })
     }
+}
+
+/// Quantizes one block, padded with zeros if it is short; scale and zero point.
+pub fn quantize_block(block: &[f32], codes: &mut [u8], layout: Layout) -> (f32, f32) {
+    let (scale, zero) = match block.len() == layout.block_size {
+        true => search(block, layout.max()),
+        false => {
+            let mut padded = block.to_vec();
+            padded.resize(layout.block_size, 0.0);
+            search(&padded, layout.max())
+        }
+    };
+    for (code, value) in codes.iter_mut().zip(block) {
+        let q = f64::from(*value) / f64::from(scale) + f64::from(zero);
+        *code = q.round_ties_even().clamp(0.0, f64::from(layout.max())) as u8;
+    }
+    (scale, zero)
 }
 
 fn search(x: &[f32], most: f32) -> (f32, f32) {

@@ -119,18 +119,26 @@ impl BlockQuantizer for Rtn {
 
     fn quantize(&self, weight: &[f32], shape: [usize; 2], layout: Layout) -> Integers {
         by_block(weight, shape, layout, |block, codes| {
-            let (scale, zero) = if self.symmetric {
-                symmetric(block, layout)
-            } else {
-                asymmetric(block, layout)
-            };
-            let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-            for (code, value) in codes.iter_mut().zip(block) {
-                *code = (value * inverse + zero).round().clamp(0.0, layout.max()) as u8;
-            }
-            (scale, zero)
+            round_to_nearest(block, codes, layout, self.symmetric)
         })
     }
+}
+
+/// Rounds one block to nearest; scale and zero point.
+pub fn round_to_nearest(block: &[f32], codes: &mut [u8], layout: Layout, symmetrical: bool) -> (f32, f32) {
+    let (scale, zero) = match symmetrical {
+        true => symmetric(block, layout),
+        false => asymmetric(block, layout),
+    };
+    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+    let most = layout.max();
+    for (code, value) in codes.iter_mut().zip(block) {
+        // Clamped first, so that rounding half away from zero is a truncation and a comparison, both exact.
+        let exact = (value * inverse + zero).max(0.0).min(most);
+        let floor = exact as i32;
+        *code = (floor + i32::from(exact - floor as f32 >= 0.5)) as u8;
+    }
+    (scale, zero)
 }
 
 /// Quantizes each block on its own with `quantize`, which writes the integers and gives scale and zero point.
@@ -183,7 +191,20 @@ fn asymmetric(block: &[f32], layout: Layout) -> (f32, f32) {
     (scale, zero)
 }
 
-fn extremes(block: &[f32]) -> (f32, f32) {
+/// The smallest and the largest element.
+pub fn extremes(block: &[f32]) -> (f32, f32) {
+    const LANES: usize = 8;
+    let (mut low, mut high) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    let (chunks, rest) = block.as_chunks::<LANES>();
+    for chunk in chunks {
+        for ((low, high), value) in low.iter_mut().zip(&mut high).zip(chunk) {
+            *low = if *value < *low { *value } else { *low };
+            *high = if *value > *high { *value } else { *high };
+        }
+    }
     let fold = |(min, max): (f32, f32), value: &f32| (min.min(*value), max.max(*value));
-    block.iter().fold((f32::INFINITY, f32::NEG_INFINITY), fold)
+    let ends = low.iter().chain(&high).filter(|value| value.is_finite());
+    rest.iter()
+        .chain(ends)
+        .fold((f32::INFINITY, f32::NEG_INFINITY), fold)
 }

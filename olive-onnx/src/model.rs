@@ -1,5 +1,7 @@
 //! A folder with an ONNX model, opened: the graph, its constants by name, and `genai_config.json` beside it.
 
+pub mod pipeline;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -29,21 +31,28 @@ pub struct OnnxFolder {
 
 impl OnnxFolder {
     /// Opens `model.onnx` of a folder (or the file that `genai_config.json` or `model_config.json` names), of its
-    /// subfolder `model`, or an ONNX file itself.
+    /// subfolder `model`, or an ONNX file itself. The stages of a split model are joined into one graph.
     ///
     /// # Errors
     /// [`Error::File`] if there is no ONNX model; errors of [`read_model`]; a rule of the graph that is broken.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let graph_path = find_graph(path.as_ref())?;
         let folder = graph_path.parent().unwrap_or(Path::new("")).to_path_buf();
-        let mut model = read_model(&graph_path)?;
-        drop_repeated_inputs(&mut model.graph);
-        model.graph.check()?;
         let config_path = folder.join(GENAI_CONFIG_FILE);
-        let genai_config = match config_path.is_file() {
+        let genai_config: Option<Value> = match config_path.is_file() {
             true => Some(fsio::read_json(&config_path)?),
             false => None,
         };
+        let stages = match &genai_config {
+            Some(config) if !path.as_ref().is_file() => pipeline::read(&folder, config)?,
+            _ => Vec::new(),
+        };
+        let mut model = match stages.is_empty() {
+            true => read_model(&graph_path)?,
+            false => pipeline::join(&stages)?,
+        };
+        drop_repeated_inputs(&mut model.graph);
+        model.graph.check()?;
         Ok(Self {
             path: folder,
             graph_path,
@@ -57,7 +66,7 @@ impl OnnxFolder {
         &self.path
     }
 
-    /// The graph file.
+    /// The graph file; the first of several.
     pub fn graph_path(&self) -> &Path {
         &self.graph_path
     }
@@ -260,6 +269,8 @@ fn graph_in(folder: &Path) -> Result<Option<PathBuf>> {
         let value: Value = fsio::read_json(&config)?;
         if let Some(given) = value.pointer("/model/decoder/filename").and_then(Value::as_str) {
             given.clone_into(&mut name);
+        } else if let Some(first) = pipeline::stages(folder, &value)?.into_iter().next() {
+            name = first;
         }
     }
     Ok(Some(fsio::contained(folder, &name)?).filter(|path| path.is_file()))

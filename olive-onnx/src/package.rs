@@ -152,7 +152,13 @@ impl BuildPlan {
         else {
             return Ok(());
         };
-        let attributes: Value = fsio::read_json(self.source.path().join("config.json"))?;
+        let mut attributes: Map<String, Value> = fsio::read_json(self.source.path().join("config.json"))?;
+        // What earlier stages noted about the model, such as its splits.
+        let noted = ModelConfigFile::read(self.source.path())?
+            .and_then(|mut file| file.config.shift_remove("model_attributes"));
+        if let Some(Value::Object(noted)) = noted {
+            attributes.extend(noted);
+        }
         let mut config = Map::new();
         let constants = self.adapter.as_ref().map(|_| ADAPTER_FILE);
         for (key, value) in [
@@ -163,7 +169,7 @@ impl BuildPlan {
             ("external_initializers_file_name", Value::Null),
             ("constant_inputs_file_name", json!(constants)),
             ("generative", json!(false)),
-            ("model_attributes", attributes),
+            ("model_attributes", Value::Object(attributes)),
         ] {
             config.insert(key.to_owned(), value);
         }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::adapter::{ADAPTER_FILE, AdapterFile, write_adapter};
 use crate::ir::{Graph, Model};
-use crate::model::{GENAI_CONFIG_FILE, GRAPH_FILE, find_graph};
+use crate::model::{GENAI_CONFIG_FILE, GRAPH_FILE, find_graph, pipeline};
 use crate::serde::{WriteOptions, read_model, write_model};
 
 /// A model folder while passes work on it.
@@ -24,6 +24,8 @@ pub struct Draft {
     /// Graphs that replace the one graph, with their file names, in the order in which they run; empty where it was
     /// not split.
     pub parts: Vec<(String, Model)>,
+    /// The graphs as they were read, of a model that is split already; [`Draft::model`] is all of them joined.
+    pub stages: Vec<(String, Model)>,
     companions: Vec<PathBuf>,
     folder: PathBuf,
 }
@@ -37,20 +39,33 @@ impl Draft {
     pub fn open(path: &Path) -> Result<Self> {
         let graph_path = find_graph(path)?;
         let folder = graph_path.parent().unwrap_or(Path::new("")).to_path_buf();
-        let mut model = read_model(&graph_path)?;
-        drop_repeated_inputs(&mut model.graph);
         let config_path = folder.join(GENAI_CONFIG_FILE);
-        let genai_config = match config_path.is_file() {
+        let genai_config: Option<Value> = match config_path.is_file() {
             true => Some(fsio::read_json(&config_path)?),
             false => None,
         };
-        let companions = companions(&folder, &graph_path, &model.graph)?;
+        let stages = match &genai_config {
+            Some(config) if !path.is_file() => pipeline::read(&folder, config)?,
+            _ => Vec::new(),
+        };
+        let mut model = match stages.is_empty() {
+            true => read_model(&graph_path)?,
+            false => pipeline::join(&stages)?,
+        };
+        drop_repeated_inputs(&mut model.graph);
+        let graph_paths: Vec<PathBuf> = match stages.is_empty() {
+            true => vec![graph_path],
+            false => stages.iter().map(|(name, _)| folder.join(name)).collect(),
+        };
+        let graphs = stages.iter().map(|(_, stage)| &stage.graph).chain([&model.graph]);
+        let companions = companions(&folder, graph_paths, graphs)?;
         Ok(Self {
             attributes: attributes(&folder)?,
             model,
             genai_config,
             adapter: None,
             parts: Vec::new(),
+            stages,
             companions,
             folder,
         })
@@ -64,6 +79,7 @@ impl Draft {
             attributes: Map::new(),
             adapter: None,
             parts: Vec::new(),
+            stages: Vec::new(),
             companions: Vec::new(),
             folder: PathBuf::new(),
         }
@@ -129,10 +145,8 @@ impl Draft {
         }
         if let Some(config) = &self.genai_config {
             let mut config = config.clone();
-            if self.parts.is_empty()
-                && let Some(name) = config.pointer_mut("/model/decoder/filename")
-            {
-                *name = Value::from(GRAPH_FILE);
+            if self.parts.is_empty() {
+                name_one_graph(&mut config);
             }
             fsio::write_json(output.join(GENAI_CONFIG_FILE), &config, 4)?;
         }
@@ -140,14 +154,34 @@ impl Draft {
     }
 }
 
+/// Lets the runtime's config name the one graph that is written, in place of a pipeline if there was one.
+fn name_one_graph(config: &mut Value) {
+    let Some(Value::Object(decoder)) = config.pointer_mut("/model/decoder") else {
+        return;
+    };
+    let split = decoder.shift_remove("pipeline").is_some();
+    if split || decoder.contains_key("filename") {
+        decoder.insert("filename".to_owned(), Value::from(GRAPH_FILE));
+    }
+    if let Some(kind) = config.pointer_mut("/model/type")
+        && split
+    {
+        // What the model was called before it was split is not noted; this is any decoder.
+        *kind = Value::from("decoder");
+    }
+}
+
 /// Files of the folder that go along as they are: everything but the graph, its data, and what is written anew.
-fn companions(folder: &Path, graph_path: &Path, graph: &Graph) -> Result<Vec<PathBuf>> {
-    let mut own: BTreeSet<PathBuf> = graph
-        .initializers
-        .iter()
+fn companions<'a>(
+    folder: &Path,
+    graph_paths: Vec<PathBuf>,
+    graphs: impl Iterator<Item = &'a Graph>,
+) -> Result<Vec<PathBuf>> {
+    let mut own: BTreeSet<PathBuf> = graphs
+        .flat_map(|graph| &graph.initializers)
         .filter_map(|tensor| tensor.mapped_file().map(Path::to_path_buf))
         .collect();
-    own.insert(graph_path.to_path_buf());
+    own.extend(graph_paths);
     for name in [GENAI_CONFIG_FILE, "model_config.json"] {
         own.insert(folder.join(name));
     }

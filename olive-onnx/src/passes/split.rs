@@ -108,7 +108,12 @@ impl Assignments {
 }
 
 impl GraphPass for Split {
+    /// A model that is split already stays so, unless other assignments are given.
     fn apply(&self, draft: &mut Draft) -> Result<bool> {
+        if !draft.stages.is_empty() && self.given.is_none() {
+            draft.parts = std::mem::take(&mut draft.stages);
+            return Ok(false);
+        }
         let noted = draft
             .model
             .metadata
@@ -138,11 +143,23 @@ impl GraphPass for Split {
             .enumerate()
             .map(|(index, model)| (format!("split_{index}.onnx"), model));
         draft.parts = named.collect();
+        if same_stages(&draft.stages, &draft.parts) {
+            draft.parts = std::mem::take(&mut draft.stages);
+            return Ok(false);
+        }
         if let Some(config) = &mut draft.genai_config {
             describe(config, &draft.parts);
         }
         Ok(true)
     }
+}
+
+/// Whether both are the same nodes in the same stages.
+fn same_stages(before: &[(String, Model)], after: &[(String, Model)]) -> bool {
+    let nodes = |(_, model): &(String, Model)| -> BTreeSet<Vec<String>> {
+        model.graph.nodes.iter().map(|node| node.outputs.clone()).collect()
+    };
+    before.len() == after.len() && before.iter().zip(after).all(|(a, b)| nodes(a) == nodes(b))
 }
 
 /// The graphs, in the order in which they run.
@@ -415,6 +432,60 @@ mod tests {
         );
         assert!(first.graph.initializers.is_empty() && second.graph.initializers.len() == 1);
         assert!(first.graph.node("/c").is_some() && second.graph.node("/c").is_some());
+    }
+
+    #[test]
+    fn a_split_folder_opens_as_one_graph_and_is_not_split_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let [plain, first, second, joined] =
+            ["plain", "first", "second", "joined"].map(|name| folder.path().join(name));
+        let config = json!({"model": {"type": "llama", "decoder": {"filename": "model.onnx"}}});
+        let mut draft = Draft::of(model());
+        draft.genai_config = Some(config);
+        let write = |draft: &Draft, to: &std::path::Path| {
+            draft
+                .write(to, &olive_core::NoProgress, &olive_core::CancelToken::default())
+                .unwrap();
+        };
+        write(&draft, &plain);
+        let pass = find("SplitModel").unwrap();
+        let given = json!({"split_assignments": "model.layers.0=0;model.layers.1=1"});
+        let given = given.as_object().unwrap();
+        assert!(pass.run_on_folder(given, &plain, &first).unwrap().changed);
+        let opened = crate::OnnxFolder::open(&first).unwrap();
+        let (before, after) = (&draft.model.graph, &opened.model().graph);
+        let names = |graph: &Graph| -> BTreeSet<String> {
+            graph.nodes.iter().map(|node| node.name.clone()).collect()
+        };
+        assert_eq!(names(before), names(after));
+        let values = |infos: &[ValueInfo]| -> BTreeSet<String> {
+            infos.iter().map(|info| info.name.clone()).collect()
+        };
+        assert_eq!(values(&before.inputs), values(&after.inputs));
+        // `k` is read by the second part too, which hides that it is an output.
+        assert_eq!(values(&after.outputs), BTreeSet::from(["y".to_owned()]));
+        assert_eq!(after.initializers.len(), 1);
+        for again in [given.clone(), Map::new()] {
+            assert!(!pass.run_on_folder(&again, &first, &second).unwrap().changed);
+            let bytes = |name: &str| [&first, &second].map(|f| std::fs::read(f.join(name)).unwrap());
+            for file in ["split_0.onnx", "split_1.onnx", "genai_config.json"] {
+                let [a, b] = bytes(file);
+                assert_eq!(a, b, "{file}");
+            }
+            std::fs::remove_dir_all(&second).unwrap();
+        }
+        let metadata = json!({"graph_name": "whole"});
+        let other = find("AddOliveMetadata").unwrap();
+        assert!(
+            other
+                .run_on_folder(metadata.as_object().unwrap(), &first, &joined)
+                .unwrap()
+                .changed
+        );
+        assert!(joined.join("model.onnx").is_file() && !joined.join("split_0.onnx").exists());
+        let config: Value = olive_core::fsio::read_json(joined.join("genai_config.json")).unwrap();
+        assert_eq!(config["model"]["decoder"]["filename"], "model.onnx");
+        assert_eq!(crate::OnnxFolder::open(&joined).unwrap().model().graph.name, "whole");
     }
 
     #[test]

@@ -64,6 +64,8 @@ CASES = {
     "fp16-webgpu-graph": ["fp16", "webgpu", "enable_webgpu_graph=true"],
     "int4-cpu-bs128": ["int4", "cpu", "block_size=128"],
 }
+# What the builder does not finish: tied embeddings cannot be looked up in the QDQ format.
+FAILS = {"qwen2.int4-cpu-qdq", "qwen2.int4-cpu-qdq-asym"}
 
 
 def build(checkpoint, output, arguments):
@@ -132,6 +134,8 @@ def main():
     for family in FAMILIES:
         for name, arguments in CASES.items():
             folder = scratch / f"{family}.{name}"
+            if folder.name in FAILS:
+                continue
             if not (folder / "genai_config.json").is_file():
                 build(checkpoints / family / "hf", folder, arguments)
             described = describe(folder)

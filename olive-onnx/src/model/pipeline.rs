@@ -16,7 +16,10 @@ use crate::serde::read_model;
 /// # Errors
 /// [`Error::File`] for an entry without a file name.
 pub fn stages(folder: &Path, config: &Value) -> Result<Vec<String>> {
-    let Some(list) = config.pointer("/model/decoder/pipeline").and_then(Value::as_array) else {
+    let Some(list) = config
+        .pointer("/model/decoder/pipeline")
+        .and_then(Value::as_array)
+    else {
         return Ok(Vec::new());
     };
     let name = |stage: &Value| {
@@ -47,7 +50,10 @@ pub fn read(folder: &Path, config: &Value) -> Result<Vec<(String, Model)>> {
 /// [`Error::Unsupported`] without a stage.
 pub fn join(stages: &[(String, Model)]) -> Result<Model> {
     let Some((_, first)) = stages.first() else {
-        return Err(Error::unsupported("a pipeline without stages", "there is nothing to join"));
+        return Err(Error::unsupported(
+            "a pipeline without stages",
+            "there is nothing to join",
+        ));
     };
     let graphs = || stages.iter().map(|(_, model)| &model.graph);
     let made: HashSet<&str> = graphs()
@@ -79,7 +85,10 @@ pub fn join(stages: &[(String, Model)]) -> Result<Model> {
         }
         for node in &graph.nodes {
             // Constants are copied to each stage that reads them.
-            let copied = node.outputs.first().is_some_and(|name| outputs.contains(name.as_str()));
+            let copied = node
+                .outputs
+                .first()
+                .is_some_and(|name| outputs.contains(name.as_str()));
             if !copied {
                 outputs.extend(node.outputs.iter().map(String::as_str));
                 joined.nodes.push(node.clone());

@@ -157,7 +157,12 @@ impl GraphPass for Split {
 /// Whether both are the same nodes in the same stages.
 fn same_stages(before: &[(String, Model)], after: &[(String, Model)]) -> bool {
     let nodes = |(_, model): &(String, Model)| -> BTreeSet<Vec<String>> {
-        model.graph.nodes.iter().map(|node| node.outputs.clone()).collect()
+        model
+            .graph
+            .nodes
+            .iter()
+            .map(|node| node.outputs.clone())
+            .collect()
     };
     before.len() == after.len() && before.iter().zip(after).all(|(a, b)| nodes(a) == nodes(b))
 }
@@ -485,7 +490,10 @@ mod tests {
         assert!(joined.join("model.onnx").is_file() && !joined.join("split_0.onnx").exists());
         let config: Value = olive_core::fsio::read_json(joined.join("genai_config.json")).unwrap();
         assert_eq!(config["model"]["decoder"]["filename"], "model.onnx");
-        assert_eq!(crate::OnnxFolder::open(&joined).unwrap().model().graph.name, "whole");
+        assert_eq!(
+            crate::OnnxFolder::open(&joined).unwrap().model().graph.name,
+            "whole"
+        );
     }
 
     #[test]

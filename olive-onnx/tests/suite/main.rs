@@ -10,4 +10,5 @@ mod hostile;
 mod options;
 mod packed;
 mod reading;
+mod registry;
 mod round_trip;

@@ -65,7 +65,7 @@ fn node(value: &Node) -> String {
                     format!("{}{{{}}}", graph.name, nodes.join("; "))
                 }
                 Attribute::Ints(numbers) => format!("{numbers:?}").replace(' ', ""),
-                other => panic!("{other:?}"),
+                other => format!("{other:?}"),
             };
             format!("{name}={text}")
         })

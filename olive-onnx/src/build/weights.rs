@@ -169,7 +169,7 @@ impl Weights {
             return Ok(Kind::Dense);
         };
         let dense = tensors.info(&format!("{}.weight", linear.name)).is_some();
-        if dense || nf4::is_stored(tensors, &linear.name) {
+        if dense || nf4::stored_parts(tensors, &linear.name).is_some() {
             return Ok(Kind::Dense);
         }
         let settings = quantization.module(&linear.name)?;

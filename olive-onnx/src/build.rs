@@ -10,7 +10,7 @@
 //! - adapter weights are float optional inputs, never baked in and never quantized;
 //! - a tied head with zero points is shared with the embedding like any other, where that builder writes an invalid graph;
 //!   it is stored twice where its rows of zero points do not end with a byte;
-//! - a tied 8-bit head is shared with the embedding, where that builder stores the embedding in float beside it;
+//! - a tied 8-bit or excluded head is shared with the embedding, where that builder stores the embedding beside it;
 //! - declared shapes pass ONNX's strict shape inference.
 
 mod attention;

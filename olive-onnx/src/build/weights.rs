@@ -237,14 +237,33 @@ impl Weights {
         let (weights, stored) = (self.clone(), stored.clone());
         let make = move || {
             let reader = weights.reader(&stored)?;
-            let read = |row: usize, out: &mut [f32]| {
-                reader.read(row, out);
-                floats::round(out, weights.io);
+            let [rows, cols] = shape;
+            let in_band = (PIECE / (cols.max(1) * 2)).max(1);
+            let mut joined = BlockQuantized {
+                values: Vec::new(),
+                scales: Vec::new(),
+                zeros: Vec::new(),
             };
-            let made = quantize_rows(shape, method, &read);
-            reader.check()?;
-            reader.release(0..shape[0]);
-            Ok(made)
+            for first in (0..rows).step_by(in_band) {
+                let count = in_band.min(rows - first);
+                let read = |row: usize, out: &mut [f32]| {
+                    reader.read(first + row, out);
+                    floats::round(out, weights.io);
+                };
+                let mut band = quantize_rows([count, cols], method, &read);
+                reader.check()?;
+                reader.release(first..first + count);
+                if count == rows {
+                    return Ok(band);
+                }
+                joined
+                    .values
+                    .reserve_exact((rows - first) * band.values.len() / count);
+                joined.values.append(&mut band.values);
+                joined.scales.append(&mut band.scales);
+                joined.zeros.append(&mut band.zeros);
+            }
+            Ok(joined)
         };
         Blocks::new(
             shape,

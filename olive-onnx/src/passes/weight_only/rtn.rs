@@ -124,6 +124,9 @@ impl BlockQuantizer for Rtn {
     }
 }
 
+/// 2^23.
+const SHIFT: f32 = 8_388_608.0;
+
 /// Rounds one block to nearest; scale and zero point.
 pub fn round_to_nearest(block: &[f32], codes: &mut [u8], layout: Layout, symmetrical: bool) -> (f32, f32) {
     let (scale, zero) = match symmetrical {
@@ -133,10 +136,12 @@ pub fn round_to_nearest(block: &[f32], codes: &mut [u8], layout: Layout, symmetr
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
     let most = layout.max();
     for (code, value) in codes.iter_mut().zip(block) {
-        // Clamped first, so that rounding half away from zero is a truncation and a comparison, both exact.
         let exact = (value * inverse + zero).max(0.0).min(most);
-        let floor = exact as i32;
-        *code = (floor + i32::from(exact - floor as f32 >= 0.5)) as u8;
+        // Beside 2^23 a float has no fraction: the sum rounds halves to even, and its low bits are the integer. One that
+        // was rounded down at a half goes up, away from zero.
+        let shifted = exact + SHIFT;
+        let up = exact - (shifted - SHIFT) >= 0.5;
+        *code = shifted.to_bits() as u8 + u8::from(up);
     }
     (scale, zero)
 }

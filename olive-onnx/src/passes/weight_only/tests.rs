@@ -211,3 +211,32 @@ fn globs_fit_whole_names() {
         assert_eq!(glob(pattern, name), fits, "{pattern} {name}");
     }
 }
+
+#[test]
+fn halves_round_away_from_zero_whatever_they_are() {
+    use super::rtn::round_to_nearest;
+    for bits in [4, 8] {
+        let layout = Layout { bits, block_size: 16 };
+        let most = layout.max();
+        let step = |i: usize| i as f32 / 64.0;
+        // A block whose scale is exactly 1/4 without a zero point.
+        let middle = (most + 1.0) / 2.0;
+        for start in (0..(most as usize + 1) * 64).step_by(15) {
+            let mut block: Vec<f32> = (start..start + 15)
+                .map(|i| ((step(i) - middle) * 0.25).max(-middle * 0.25 + 0.001))
+                .collect();
+            block.push(-middle * 0.25);
+            let largest = block.iter().fold(0f32, |most, value| most.max(value.abs()));
+            if largest > middle * 0.25 {
+                continue;
+            }
+            let mut codes = [0u8; 16];
+            let (scale, zero) = round_to_nearest(&block, &mut codes, layout, true);
+            assert_eq!((scale, zero), (0.25, middle));
+            for (code, value) in codes.iter().zip(&block) {
+                let exact = value * (1.0 / scale) + zero;
+                assert_eq!(f32::from(*code), exact.round().clamp(0.0, most), "{exact}");
+            }
+        }
+    }
+}

@@ -231,6 +231,10 @@ impl Pass for ModelBuilder {
         (ModelKind::HuggingFace, ModelKind::Onnx)
     }
 
+    fn version(&self) -> u32 {
+        2
+    }
+
     fn check(&self, model: &dyn ModelHandle, config: &PassConfig) -> Result<()> {
         plan_model_folder(model, model.adapter(), &options(config)?).map(|_| ())
     }

@@ -80,16 +80,21 @@ fn partial_rotation_and_tied_heads_have_the_sizes_they_should() {
     let (tied, _) = graph("llama3-rope", Precision::Int4);
     assert_eq!(count(&tied, "GatherBlockQuantized"), 1);
     assert!(tied.initializer("model.embed_tokens.weight").is_none());
-    let options = BuilderOptions {
-        is_symmetric: false,
-        ..BuilderOptions::with_precision(Precision::Int4)
-    };
-    let model = HfModel::open(checkpoint("llama3-rope")).unwrap();
-    let plan = plan_model_folder(&model, None, &options).unwrap();
-    let graph = &plan.model().graph;
-    assert_eq!(count(graph, "GatherBlockQuantized"), 0);
-    assert!(graph.initializer("model.embed_tokens.weight").is_some());
-    assert!(graph.initializer("lm_head.MatMul.weight_zero_points").is_some());
+    // With two blocks a row, zero points are whole bytes and shared; with one they are not.
+    for (block_size, shared) in [(32, 1), (64, 0)] {
+        let options = BuilderOptions {
+            block_size,
+            is_symmetric: false,
+            ..BuilderOptions::with_precision(Precision::Int4)
+        };
+        let model = HfModel::open(checkpoint("llama3-rope")).unwrap();
+        let plan = plan_model_folder(&model, None, &options).unwrap();
+        let graph = &plan.model().graph;
+        assert_eq!(count(graph, "GatherBlockQuantized"), shared);
+        let own = graph.initializer("model.embed_tokens.weight");
+        assert_eq!(own.is_some(), shared == 0);
+        assert!(graph.initializer("lm_head.MatMul.weight_zero_points").is_some());
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod building;
 mod families;
 mod golden;
 mod hostile;
+mod layouts;
 mod options;
 mod packed;
 mod reading;

@@ -41,7 +41,7 @@ fn every_pass_has_olives_parameters_and_defaults() {
     let mut wrong = Vec::new();
     for pass in registry.iter() {
         let known = passes::find(pass.name()).unwrap_or_else(|| unreachable!("{}", pass.name()));
-        let theirs: BTreeSet<&str> = known.params.iter().map(|param| param.name.as_ref()).collect();
+        let theirs: BTreeSet<&str> = known.params.iter().map(|param| param.name).collect();
         let ours: BTreeSet<&str> = pass.params().iter().map(|param| param.name).collect();
         for name in ours.symmetric_difference(&theirs) {
             if !OWN.contains(&(pass.name(), name)) {

@@ -1,8 +1,9 @@
 //! Everything that a workflow can call: the passes and evaluators of all crates, and what opens models.
 
+mod graph_folder;
 mod scorer;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use olive_core::data::DataConfig;
@@ -17,7 +18,8 @@ use olive_onnx::passes::CaptureSplitInfo;
 use olive_quant::{AutoAwqQuantizer, CalibrationSet, Rtn};
 use serde_json::Value;
 
-pub use scorer::CheckpointScorer;
+use self::graph_folder::GraphFolder;
+use self::scorer::CheckpointScorer;
 
 /// Sequences of the built-in text, where the user gives no data.
 pub const DEFAULT_SEQUENCES: usize = 32;
@@ -68,14 +70,29 @@ pub struct Opener;
 impl ModelOpener for Opener {
     fn open(&self, path: &Path, adapter: Option<&Path>) -> Result<Arc<dyn ModelHandle>> {
         match is_onnx(path) {
-            true => Ok(Arc::new(OnnxModel::open(path)?)),
+            true => match path.join("config.json").is_file() || path.join("model/config.json").is_file() {
+                true if find_graph(path).is_ok() => Ok(Arc::new(OnnxModel::open(path)?)),
+                _ => Ok(Arc::new(GraphFolder::open(&graph_path(path))?)),
+            },
             false => HfOpener.open(path, adapter),
         }
     }
 }
 
-/// Whether a path is an ONNX file, a folder with one, or an output folder whose `model/` has one.
+/// The graph that a path means; the path itself where the model is in several graphs.
+fn graph_path(path: &Path) -> PathBuf {
+    find_graph(path).unwrap_or_else(|_| path.to_path_buf())
+}
+
+/// Whether a path is an ONNX file, a folder with some, or an output folder whose `model/` has some.
 pub fn is_onnx(path: &Path) -> bool {
-    let file = path.is_file() && path.extension().is_some_and(|e| e == "onnx");
-    file || (path.is_dir() && find_graph(path).is_ok())
+    let is_graph = |path: &Path| path.is_file() && path.extension().is_some_and(|e| e == "onnx");
+    if !path.is_dir() {
+        return is_graph(path);
+    }
+    let holds = |folder: &Path| {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        entries.into_iter().any(|entry| is_graph(&entry.path()))
+    };
+    find_graph(path).is_ok() || holds(path) || holds(&path.join("model"))
 }

@@ -92,8 +92,12 @@ fn wrong_command_lines_exit_with_two_and_name_the_nearest() {
             &["quantize", "-m", "m", "--algorithm", "gptq"],
             &["--algorithm", "awq or rtn"],
         ),
-        (&["auto-opt", "-m", "m", "--device", "gpu"], &["--device", "cpu"]),
-        (&["auto-opt", "-m", "m", "--num-splits", "2"], &["--num-splits"]),
+        (&["auto-opt", "-m", "m", "--device", "tpu"], &["--device", "cpu"]),
+        (&["auto-opt", "--use_ort_genai"], &["--model_name_or_path"]),
+        (
+            &["auto-opt", "-m", "m", "--precision", "int16"],
+            &["--precision", "int4"],
+        ),
         (
             &["quantize", "-m", "m", "--data_files", "f"],
             &["--data_files", "-d json"],
@@ -445,7 +449,7 @@ fn help_is_there_at_once() {
         let help = succeeds(&["--help"]);
         fastest = fastest.min(start.elapsed());
         for command in [
-            "quantize", "finetune", "auto-opt", "generate", "chat", "evaluate", "demo",
+            "run", "quantize", "finetune", "auto-opt", "optimize", "generate", "chat", "evaluate", "demo",
         ] {
             assert!(help.contains(command), "{command}");
         }

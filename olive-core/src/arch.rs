@@ -20,6 +20,8 @@ pub use spec::{
 
 use std::path::Path;
 
+use serde_json::Value;
+
 use crate::error::{Error, Result};
 use crate::fsio;
 
@@ -40,7 +42,15 @@ const FAMILIES: &[(&str, Reader)] = &[
 /// [`Error::Config`] for a field that is missing or inconsistent.
 pub fn read_spec(folder: &Path) -> Result<ModelSpec> {
     let path = folder.join("config.json");
-    let raw = RawConfig::new(&path, fsio::read_json(&path)?)?;
+    spec_from(&path, fsio::read_json(&path)?)
+}
+
+/// Reads what stands in a `config.json`; `path` is for errors.
+///
+/// # Errors
+/// As [`read_spec`].
+pub fn spec_from(path: &Path, config: Value) -> Result<ModelSpec> {
+    let raw = RawConfig::new(path, config)?;
     let architecture = raw.architecture()?;
     let known = FAMILIES.iter().find(|(name, _)| *name == architecture);
     let (_, read) = known.ok_or_else(|| {
@@ -51,6 +61,6 @@ pub fn read_spec(folder: &Path) -> Result<ModelSpec> {
         )
     })?;
     let spec = read(&raw)?;
-    spec.check(&path)?;
+    spec.check(path)?;
     Ok(spec)
 }

@@ -13,6 +13,7 @@ use super::{CommonArgs, ConfigArgs, ModelArgs, NoEffectArgs, TextDataArgs};
 pub enum Method {
     Lora,
     Qlora,
+    Dora,
 }
 
 /// The type that training is asked to compute in.
@@ -32,7 +33,7 @@ pub struct FinetuneArgs {
     /// The output folder
     #[arg(short = 'o', long = "output_path", default_value = "finetuned-adapter")]
     pub output_path: PathBuf,
-    /// lora: the base as it is, dense or packed; qlora: the base rounded to NF4 first
+    /// lora: the base as it is, dense or packed; qlora: the base rounded to NF4 first; dora: directions and magnitudes
     #[arg(long = "method", default_value = "lora")]
     pub method: Method,
     /// The rank of the adapter

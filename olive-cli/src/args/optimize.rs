@@ -8,12 +8,15 @@ use super::{AnyModelArgs, CommonArgs, ConfigArgs, Device, Precision};
 
 /// How the graph is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-#[value(rename_all = "snake_case")]
 pub enum Exporter {
-    ModelBuilder,
-    DynamoExporter,
-    TorchscriptExporter,
-    OptimumExporter,
+    #[value(name = "model_builder")]
+    Builder,
+    #[value(name = "dynamo_exporter")]
+    Dynamo,
+    #[value(name = "torchscript_exporter")]
+    Torchscript,
+    #[value(name = "optimum_exporter")]
+    Optimum,
 }
 
 /// The precision of activations.

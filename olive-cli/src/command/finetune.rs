@@ -12,6 +12,7 @@ use super::quantize::{data_config, data_workflow};
 use super::{Context, notes, open_model};
 use crate::args::{FinetuneArgs, Method, TorchDtype};
 use crate::output;
+use crate::workflow::Workflow;
 
 /// Runs the command.
 ///
@@ -24,6 +25,10 @@ pub fn run(args: &FinetuneArgs, context: &Context<'_>) -> Result<()> {
         tracing::warn!("{warning}");
     }
     let train = data_config(&args.data_name, Some(args.train_split.clone()), &args.data)?;
+    if args.method == Method::Dora {
+        let (output, config) = (&args.output_path, &args.config);
+        return Workflow::of_command(workflow(args), output, config, None, context);
+    }
     if notes::save_config(&args.config, &args.output_path, &workflow(args))? {
         return Ok(());
     }
@@ -108,6 +113,7 @@ fn workflow(args: &FinetuneArgs) -> Value {
         "type": match args.method {
             Method::Lora => "LoRA",
             Method::Qlora => "QLoRA",
+            Method::Dora => "DoRA",
         },
         "r": args.lora_r,
         "alpha": args.lora_alpha,
@@ -136,6 +142,7 @@ fn workflow(args: &FinetuneArgs) -> Value {
         "input_model": {"type": "HfModel", "model_path": args.model.model_name_or_path},
         "data_configs": data,
         "passes": {"finetune": pass},
+        "no_artifacts": true,
         "output_dir": args.output_path,
         "log_severity_level": args.common.log_level,
     })

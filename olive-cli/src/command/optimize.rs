@@ -108,8 +108,8 @@ fn quantize_checkpoint(args: &OptimizeArgs, width: &Width, pipeline: &mut Pipeli
 
 fn build(args: &OptimizeArgs, width: &Width, pipeline: &mut Pipeline) -> Result<()> {
     let extra = builder_options("--extra_mb_options", args.extra_mb_options.as_deref())?;
-    match args.exporter.unwrap_or(Exporter::ModelBuilder) {
-        Exporter::ModelBuilder => {
+    match args.exporter.unwrap_or(Exporter::Builder) {
+        Exporter::Builder => {
             let block = args.block_size.filter(|size| *size > 0).unwrap_or(32);
             let parameters = match width.bits {
                 Some(4) => json!({
@@ -132,18 +132,18 @@ fn build(args: &OptimizeArgs, width: &Width, pipeline: &mut Pipeline) -> Result<
             if !extra.is_null() {
                 notes::warn_no_effect(&[("--extra_mb_options", true, "the graph builder is not asked for")]);
             }
-            let dynamo = (exporter == Exporter::DynamoExporter).then_some(true);
+            let dynamo = (exporter == Exporter::Dynamo).then_some(true);
             let dtype = match width.name {
                 "fp16" => Value::from("float16"),
                 "bf16" => Value::from("bfloat16"),
                 _ => Value::Null,
             };
             let kind = match exporter {
-                Exporter::OptimumExporter => "OptimumConversion",
+                Exporter::Optimum => "OptimumConversion",
                 _ => "OnnxConversion",
             };
             let parameters = match exporter {
-                Exporter::OptimumExporter => json!({}),
+                Exporter::Optimum => json!({}),
                 _ => json!({"use_dynamo_exporter": dynamo, "torch_dtype": dtype}),
             };
             pipeline.pass("conversion", kind, parameters);

@@ -5,11 +5,14 @@ use std::sync::Arc;
 use olive_core::data::{IGNORED_LABEL, Sample, SampleScore};
 use olive_core::{CancelToken, Error, ModelHandle, ModelKind, Progress, Result};
 
+use crate::adapters::Adapters;
 use crate::exec::{KvCache, LogitRows, Plan, RunInput, Workspace};
 use crate::model::Model;
 
 /// Bytes of logits that are held at a time.
 const LOGITS_BYTES: usize = 32 << 20;
+/// The adapter that goes with a model folder, by Olive's name.
+const ADAPTER_FILE: &str = "adapter_weights.onnx_adapter";
 /// Positions that are computed at a time, at most.
 const LARGEST_CHUNK: usize = 256;
 
@@ -69,7 +72,7 @@ impl Scorer for OnnxScorer {
         cancel: &CancelToken,
     ) -> Result<Vec<SampleScore>> {
         let longest = samples.iter().map(|sample| sample.length).max().unwrap_or(1);
-        let mut run = Run::new(Model::open(model.path())?, longest);
+        let mut run = Run::new(Model::open(model.path())?, longest)?;
         progress.start("score", samples.len() as u64);
         let mut scores = Vec::with_capacity(samples.len());
         for (index, sample) in samples.iter().enumerate() {
@@ -94,16 +97,26 @@ struct Run {
 }
 
 impl Run {
-    fn new(model: Model, longest: usize) -> Self {
+    /// A model with the adapter of its folder, if it has one: the model is not what it was trained to be without.
+    fn new(model: Model, longest: usize) -> Result<Self> {
         let row = model.config().model.vocab_size.max(1) * size_of::<f32>();
-        Self {
+        let mut overrides = model.inner.plan.no_overrides();
+        let file = model.folder().join(ADAPTER_FILE);
+        if file.is_file() {
+            let mut adapters = Adapters::new(&model);
+            adapters.load(&file, ADAPTER_FILE)?;
+            for (index, value) in &adapters.get(&model, ADAPTER_FILE)?.values {
+                overrides[*index] = Some(value.clone());
+            }
+        }
+        Ok(Self {
             workspace: Workspace::default(),
-            overrides: model.inner.plan.no_overrides(),
+            overrides,
             cache: KvCache::new(model.info().layers, 1, longest),
             longest,
             chunk: (LOGITS_BYTES / row).clamp(1, LARGEST_CHUNK),
             model,
-        }
+        })
     }
 
     /// The score of a sample; `before` is the sample whose keys and values are in the cache.

@@ -421,3 +421,42 @@ pub fn activation_type(pass: &mut Object) -> Rewritten {
     pass.insert("activation_type".to_owned(), today);
     Ok(true)
 }
+
+/// An option of ONNX Runtime's quantizer beside the pass's own parameters.
+pub fn ort_quant_option(pass: &mut Object) -> Rewritten {
+    let mut options = Object::new();
+    if let Some(value) = pass.shift_remove("MatMulConstBOnly") {
+        options.insert("MatMulConstBOnly".to_owned(), value);
+    }
+    merge(pass, "extra_options", options)?;
+    Ok(true)
+}
+
+/// Metrics at the top, which evaluators call by name.
+pub fn named_metrics(top: &mut Object) -> Rewritten {
+    let Some(Value::Array(metrics)) = top.shift_remove("metrics") else {
+        return Err("a list of metrics".to_owned());
+    };
+    let by_name = |name: &str| {
+        let found = metrics
+            .iter()
+            .find(|metric| metric.get("name").and_then(Value::as_str) == Some(name));
+        found
+            .cloned()
+            .ok_or_else(|| format!("a metric of the name `{name}`"))
+    };
+    let Some(Value::Object(evaluators)) = top.get_mut("evaluators") else {
+        return Ok(true);
+    };
+    for evaluator in evaluators.values_mut() {
+        let Some(Value::Array(own)) = evaluator.get_mut("metrics") else {
+            continue;
+        };
+        for metric in own {
+            if let Value::String(name) = metric {
+                *metric = by_name(name)?;
+            }
+        }
+    }
+    Ok(true)
+}

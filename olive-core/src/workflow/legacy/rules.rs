@@ -22,6 +22,7 @@ const fn rule(
 const ADAPTERS: &[&str] = &["LoRA", "QLoRA", "DoRA", "LoHa", "LoKr", "LoftQ"];
 const PLAIN_ADAPTERS: &[&str] = &["LoRA", "DoRA", "LoHa", "LoKr"];
 const AWQ: &[&str] = &["AutoAWQQuantizer"];
+const BUILDER: &[&str] = &["ModelBuilder"];
 const ORT_QUANT: &[&str] = &[
     "OnnxQuantization",
     "OnnxDynamicQuantization",
@@ -58,6 +59,13 @@ pub const RULES: &[Rule] = &[
         Drop("passes are given one by one"),
         r#"{"auto_optimizer_config": {"opt_level": 0}}"#,
         "{}",
+    ),
+    rule(
+        Place::Top,
+        "metrics",
+        Rewrite(to::named_metrics, "the metrics of the evaluators that name them"),
+        r#"{"metrics": [{"name": "m", "type": "latency"}], "evaluators": {"e": {"metrics": ["m"]}}}"#,
+        r#"{"evaluators": {"e": {"metrics": [{"name": "m", "type": "latency"}]}}}"#,
     ),
     rule(
         Place::Top,
@@ -377,6 +385,83 @@ pub const RULES: &[Rule] = &[
         Rewrite(to::activation_type, "the name of today's precision"),
         r#"{"type": "OnnxStaticQuantization", "activation_type": "QInt8"}"#,
         r#"{"type": "OnnxStaticQuantization", "activation_type": "int8"}"#,
+    ),
+    rule(
+        Place::Pass(BUILDER),
+        "block_size",
+        Rename("int4_block_size"),
+        r#"{"type": "ModelBuilder", "block_size": 64}"#,
+        r#"{"type": "ModelBuilder", "int4_block_size": 64}"#,
+    ),
+    rule(
+        Place::Pass(BUILDER),
+        "accuracy_level",
+        Rename("int4_accuracy_level"),
+        r#"{"type": "ModelBuilder", "accuracy_level": 4}"#,
+        r#"{"type": "ModelBuilder", "int4_accuracy_level": 4}"#,
+    ),
+    rule(
+        Place::Pass(BUILDER),
+        "is_symmetric",
+        Rename("int4_is_symmetric"),
+        r#"{"type": "ModelBuilder", "is_symmetric": true}"#,
+        r#"{"type": "ModelBuilder", "int4_is_symmetric": true}"#,
+    ),
+    rule(
+        Place::Pass(BUILDER),
+        "op_types_to_quantize",
+        Rename("int4_op_types_to_quantize"),
+        r#"{"type": "ModelBuilder", "op_types_to_quantize": ["MatMul"]}"#,
+        r#"{"type": "ModelBuilder", "int4_op_types_to_quantize": ["MatMul"]}"#,
+    ),
+    rule(
+        Place::Pass(BUILDER),
+        "nodes_to_exclude",
+        Rename("int4_nodes_to_exclude"),
+        r#"{"type": "ModelBuilder", "nodes_to_exclude": ["/lm_head/MatMul"]}"#,
+        r#"{"type": "ModelBuilder", "int4_nodes_to_exclude": ["/lm_head/MatMul"]}"#,
+    ),
+    rule(
+        Place::Pass(BUILDER),
+        "algo_config",
+        Rename("int4_algo_config"),
+        r#"{"type": "ModelBuilder", "algo_config": "k_quant_mixed"}"#,
+        r#"{"type": "ModelBuilder", "int4_algo_config": "k_quant_mixed"}"#,
+    ),
+    rule(
+        Place::Pass(ORT_QUANT),
+        "MatMulConstBOnly",
+        Rewrite(to::ort_quant_option, "`extra_options`"),
+        r#"{"type": "OnnxDynamicQuantization", "MatMulConstBOnly": false}"#,
+        r#"{"type": "OnnxDynamicQuantization", "extra_options": {"MatMulConstBOnly": false}}"#,
+    ),
+    rule(
+        Place::Pass(&["QuaRot"]),
+        "w_rtn",
+        Drop("weights are rotated; another pass rounds them"),
+        r#"{"type": "QuaRot", "w_rtn": false}"#,
+        r#"{"type": "QuaRot"}"#,
+    ),
+    rule(
+        Place::Pass(&["QuaRot"]),
+        "w_gptq",
+        Drop("weights are rotated; another pass rounds them"),
+        r#"{"type": "QuaRot", "w_gptq": false}"#,
+        r#"{"type": "QuaRot"}"#,
+    ),
+    rule(
+        Place::Pass(&["QuaRot"]),
+        "rotate",
+        Drop("weights are rotated; another pass rounds them"),
+        r#"{"type": "QuaRot", "rotate": false}"#,
+        r#"{"type": "QuaRot"}"#,
+    ),
+    rule(
+        Place::Pass(&["QuaRot"]),
+        "calibration_data_config",
+        Drop("weights are rotated without data"),
+        r#"{"type": "QuaRot", "calibration_data_config": "d"}"#,
+        r#"{"type": "QuaRot"}"#,
     ),
     rule(
         Place::LoadKwargs,

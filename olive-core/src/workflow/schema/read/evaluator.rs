@@ -79,9 +79,13 @@ impl Reader<'_> {
         let metric = value.as_object().unwrap_or(&empty);
         let required = |key: &str| text(metric, key).ok_or_else(|| self.missing(&join(path, key), "text"));
         let kind = required("type")?.to_ascii_lowercase();
+        // Hugging Face's metrics are called whatever their authors call them.
+        let any_name = text(metric, "backend")
+            .is_some_and(|backend| backend.eq_ignore_ascii_case("huggingface_metrics"));
+        let names = if any_name { "" } else { kind.as_str() };
         let mut sub_types = Vec::new();
         for (index, sub) in list(metric, "sub_types").iter().enumerate() {
-            sub_types.push(self.sub_type(sub, &kind, &format!("{path}.sub_types[{index}]"))?);
+            sub_types.push(self.sub_type(sub, (&kind, names), &format!("{path}.sub_types[{index}]"))?);
         }
         if sub_types.is_empty() && kind == "size_on_disk" {
             sub_types.push(SubType {
@@ -104,11 +108,12 @@ impl Reader<'_> {
         })
     }
 
-    fn sub_type(&self, value: &Value, kind: &str, path: &str) -> Result<SubType> {
+    /// `names` is the type of metric whose names are allowed; any are where it is empty.
+    fn sub_type(&self, value: &Value, (kind, names): (&str, &str), path: &str) -> Result<SubType> {
         let empty = Object::new();
         let sub = value.as_object().unwrap_or(&empty);
         let name = text(sub, "name").ok_or_else(|| self.missing(&join(path, "name"), "text"))?;
-        let allowed: &[&str] = match kind {
+        let allowed: &[&str] = match names {
             "accuracy" => ACCURACY,
             "latency" | "throughput" => STATISTICS,
             "size_on_disk" => &["bytes"],

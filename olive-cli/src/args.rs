@@ -10,6 +10,7 @@ mod cost_model;
 mod data;
 mod demo;
 mod evaluate;
+mod extract_adapters;
 mod finetune;
 mod generate;
 mod generate_adapter;
@@ -37,6 +38,7 @@ pub use cost_model::CostModelArgs;
 pub use data::TextDataArgs;
 pub use demo::DemoArgs;
 pub use evaluate::{EvaluateArgs, Metric};
+pub use extract_adapters::ExtractAdaptersArgs;
 pub use finetune::{FinetuneArgs, Method, TorchDtype};
 pub use generate::GenerateArgs;
 pub use generate_adapter::GenerateAdapterArgs;
@@ -89,6 +91,8 @@ pub enum Command {
     CaptureOnnxGraph(Box<CaptureArgs>),
     /// Turn adapter weights inside an ONNX model into inputs and a file.
     GenerateAdapter(Box<GenerateAdapterArgs>),
+    /// Take LoRA weights out of a checkpoint that holds them beside its own.
+    ExtractAdapters(Box<ExtractAdaptersArgs>),
     /// Turn a PEFT adapter into a file that an ONNX model loads.
     #[command(alias = "export-adapters")]
     ConvertAdapters(ConvertAdaptersArgs),
@@ -130,6 +134,7 @@ impl Command {
             Self::Optimize(args) => args.common.log_level,
             Self::CaptureOnnxGraph(args) => args.common.log_level,
             Self::GenerateAdapter(args) => args.common.log_level,
+            Self::ExtractAdapters(args) => args.common.log_level,
             Self::ConvertAdapters(args) => args.common.log_level,
             Self::Generate(args) => args.common.log_level,
             Self::Chat(args) => args.common.log_level,

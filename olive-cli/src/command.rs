@@ -6,6 +6,7 @@ mod convert_adapters;
 mod cost_model;
 mod evaluate;
 mod export;
+mod extract_adapters;
 mod finetune;
 mod generate;
 mod generate_adapter;
@@ -56,6 +57,7 @@ pub fn run(command: &Command, context: &Context<'_>) -> Result<()> {
         Command::Finetune(args) => finetune::run(args, context),
         Command::AutoOpt(args) => export::auto_opt(args, context),
         Command::Optimize(args) => optimize::run(args, context),
+        Command::ExtractAdapters(args) => extract_adapters::run(args, context),
         Command::GenerateAdapter(args) => generate_adapter::run(args, context),
         Command::CaptureOnnxGraph(args) => export::capture(args, context),
         Command::ConvertAdapters(args) => convert_adapters::run(args),

@@ -3,6 +3,7 @@
 //! Exit codes: 0 when the asked-for output exists, 1 for a run that failed, 2 for a wrong command line or config.
 //! Errors and logs go to stderr, data to stdout.
 
+mod adapter_files;
 mod args;
 mod command;
 mod demo;

@@ -1,13 +1,12 @@
 //! `olive convert-adapters`.
 
-use olive_core::{DType, Error, Result};
+use olive_core::{DType, Result, fsio};
 use olive_onnx::adapter::{ConvertOptions, convert_adapter};
 
 use super::{adapter_folder, notes};
+use crate::adapter_files;
 use crate::args::{AdapterDtype, AdapterFormat, ConvertAdaptersArgs};
 use crate::output;
-
-const SUFFIX: &str = "onnx_adapter";
 
 /// Runs the command.
 ///
@@ -24,10 +23,6 @@ pub fn run(args: &ConvertAdaptersArgs) -> Result<()> {
             FLOAT,
         ),
     ])?;
-    if args.adapter_format != AdapterFormat::OnnxAdapter {
-        let found = format!("`{}`", format!("{:?}", args.adapter_format).to_lowercase());
-        return Err(Error::config("command line", "--adapter_format", SUFFIX, found));
-    }
     let options = ConvertOptions {
         model: args.model_name_or_path.as_deref(),
         dtype: match args.dtype {
@@ -35,11 +30,18 @@ pub fn run(args: &ConvertAdaptersArgs) -> Result<()> {
             AdapterDtype::Float16 => DType::F16,
         },
     };
-    let mut path = args.output_path.clone();
-    if path.extension().is_none_or(|suffix| suffix != SUFFIX) {
-        path.as_mut_os_string().push(format!(".{SUFFIX}"));
-    }
-    let written = convert_adapter(adapter_folder(&args.adapter_path)?, &options, &path)?;
+    let path = adapter_files::with_suffix(&args.output_path, args.adapter_format);
+    let folder = adapter_folder(&args.adapter_path)?;
+    let written = match args.adapter_format {
+        AdapterFormat::OnnxAdapter => convert_adapter(folder, &options, &path)?,
+        format => {
+            let beside = fsio::temporary_name(&path);
+            let written = convert_adapter(folder, &options, &beside)
+                .and_then(|adapter| adapter_files::write(&path, &adapter, format).map(|()| adapter));
+            let _ = std::fs::remove_file(&beside);
+            written?
+        }
+    };
     tracing::info!("{} tensors", written.parameters.len());
     output::line(&format!("Exported adapter weights to {}", path.display()))
 }

@@ -91,7 +91,7 @@ impl Pipeline {
             ));
         }
         let document = self.document(output, common.log_level);
-        Workflow::of_command(document, output, config, memory, context)
+        Workflow::of_command(&document, output, config, memory, context)
     }
 }
 

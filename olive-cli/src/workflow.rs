@@ -63,21 +63,21 @@ impl Workflow {
     /// # Errors
     /// As [`Workflow::new`] and [`Workflow::run`].
     pub fn of_command(
-        document: Value,
+        document: &Value,
         output: &Path,
         args: &ConfigArgs,
         memory: Option<u64>,
         context: &Context<'_>,
     ) -> Result<()> {
+        let mut top = document.clone();
+        top["cache_dir"] = Value::from(absolute(&output.join(WORK))?);
+        let planned = Document::from_value("command line", ".", top);
+        let mut workflow = Self::with_memory(&planned, memory)?;
+        workflow.keep_runs = false;
+        workflow.warn();
         if notes::save_config(args, output, &document)? {
             return Ok(());
         }
-        let mut top = document;
-        top["cache_dir"] = Value::from(absolute(&output.join(WORK))?);
-        let document = Document::from_value("command line", ".", top);
-        let mut workflow = Self::with_memory(&document, memory)?;
-        workflow.keep_runs = false;
-        workflow.warn();
         let before = output.exists();
         let result = workflow.run(context);
         if !matches!(result, Err(Error::Cancelled)) {

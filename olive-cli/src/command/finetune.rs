@@ -27,7 +27,7 @@ pub fn run(args: &FinetuneArgs, context: &Context<'_>) -> Result<()> {
     let train = data_config(&args.data_name, Some(args.train_split.clone()), &args.data)?;
     if args.method == Method::Dora {
         let (output, config) = (&args.output_path, &args.config);
-        return Workflow::of_command(workflow(args), output, config, None, context);
+        return Workflow::of_command(&workflow(args), output, config, None, context);
     }
     if notes::save_config(&args.config, &args.output_path, &workflow(args))? {
         return Ok(());

@@ -79,8 +79,71 @@ pub fn warn_old(args: &NoEffectArgs) {
 pub fn save_config(args: &ConfigArgs, output_path: &Path, config: &Value) -> Result<bool> {
     if args.save_config_file || args.dry_run {
         let path = output_path.join("config.json");
-        fsio::write_json(&path, config, 4)?;
+        fsio::write_json(&path, &with_absolute_paths(config), 4)?;
         output::line(&format!("Config file saved at {}", path.display()))?;
     }
     Ok(args.dry_run)
+}
+
+/// A workflow whose paths mean the same from whatever folder it is read.
+fn with_absolute_paths(config: &Value) -> Value {
+    let mut config = config.clone();
+    let here = |value: &mut Value| {
+        let Some(text) = value.as_str() else { return };
+        let path = Path::new(text);
+        if path.exists()
+            && let Ok(absolute) = std::path::absolute(path)
+        {
+            *value = Value::from(absolute.to_string_lossy());
+        }
+    };
+    for place in ["/input_model/model_path", "/input_model/adapter_path"] {
+        config.pointer_mut(place).into_iter().for_each(here);
+    }
+    let output = config.pointer_mut("/output_dir");
+    if let Some(value) = output
+        && let Some(Ok(absolute)) = value.as_str().map(std::path::absolute)
+    {
+        *value = Value::from(absolute.to_string_lossy());
+    }
+    let data = config.pointer_mut("/data_configs").and_then(Value::as_array_mut);
+    for load in data
+        .into_iter()
+        .flatten()
+        .filter_map(|data| data.get_mut("load_dataset_config"))
+    {
+        load.get_mut("data_name").into_iter().for_each(here);
+        match load.get_mut("data_files") {
+            Some(Value::Array(files)) => files.iter_mut().for_each(here),
+            files => files.into_iter().for_each(here),
+        }
+    }
+    config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn paths_that_are_here_become_absolute() {
+        let config = json!({
+            "input_model": {"model_path": "Cargo.toml", "adapter_path": "none"},
+            "data_configs": [{"load_dataset_config": {"data_name": "json", "data_files": ["Cargo.toml"]}}],
+            "output_dir": "out",
+        });
+        let written = with_absolute_paths(&config);
+        let text = |place: &str| {
+            written
+                .pointer(place)
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+                .to_owned()
+        };
+        assert!(Path::new(&text("/input_model/model_path")).is_absolute());
+        assert_eq!(text("/input_model/adapter_path"), "none");
+        assert!(Path::new(&text("/data_configs/0/load_dataset_config/data_files/0")).is_absolute());
+        assert!(Path::new(&text("/output_dir")).is_absolute());
+    }
 }

@@ -59,7 +59,7 @@ pub fn run(args: &RunPassArgs, context: &Context<'_>) -> Result<()> {
         "log_severity_level": args.common.log_level,
     });
     Workflow::of_command(
-        document,
+        &document,
         &args.output_path,
         &args.config,
         args.accelerator.memory,

@@ -7,7 +7,12 @@ use super::evaluator_shapes::EVALUATOR;
 use super::shape::{Field, Shape, field, ignored};
 
 /// The whole document.
-pub static WORKFLOW: Shape = Shape::Record(TOP);
+pub static WORKFLOW: Shape = Shape::Depends(workflow);
+
+/// Keys of the engine were gathered before; here they are the names that a misspelt key at the top may be near.
+fn workflow(_: &Map<String, Value>) -> Vec<&'static [Field]> {
+    vec![TOP, ENGINE]
+}
 
 const TOP: &[Field] = &[
     field("workflow_id", Shape::Text),

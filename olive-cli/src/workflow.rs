@@ -75,7 +75,7 @@ impl Workflow {
         let mut workflow = Self::with_memory(&planned, memory)?;
         workflow.keep_runs = false;
         workflow.warn();
-        if notes::save_config(args, output, &document)? {
+        if notes::save_config(args, output, document)? {
             return Ok(());
         }
         let before = output.exists();

@@ -62,20 +62,19 @@ pub fn run(args: &FinetuneArgs, context: &Context<'_>) -> Result<()> {
         progress: context.progress,
         cancel: context.cancel,
     };
-    let report = match args.method {
-        Method::Lora => olive_lora::finetune::<Cpu>(&model, data, &lora, &training, &pass)?,
-        Method::Qlora => {
-            let qlora = QloraOptions {
-                rounding: Nf4Options::default(),
-                compute_dtype: match args.torch_dtype {
-                    Some(TorchDtype::Float16) => DType::F16,
-                    Some(TorchDtype::Float32) => DType::F32,
-                    _ => DType::BF16,
-                },
-                keep_rounded: true,
-            };
-            olive_lora::finetune_qlora::<Cpu>(&model, data, &lora, qlora, &training, &pass)?
-        }
+    let report = if args.method == Method::Qlora {
+        let qlora = QloraOptions {
+            rounding: Nf4Options::default(),
+            compute_dtype: match args.torch_dtype {
+                Some(TorchDtype::Float16) => DType::F16,
+                Some(TorchDtype::Float32) => DType::F32,
+                _ => DType::BF16,
+            },
+            keep_rounded: true,
+        };
+        olive_lora::finetune_qlora::<Cpu>(&model, data, &lora, qlora, &training, &pass)?
+    } else {
+        olive_lora::finetune::<Cpu>(&model, data, &lora, &training, &pass)?
     };
     tracing::info!(
         "{} steps over {} samples in {:.1} s, {:.0} tokens/s, loss {:.4}",

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use olive_core::{
-    CancelToken, Error, HfModel, ModelConfigFile, ModelHandle, ModelKind, Progress, Result, fsio,
+    CancelToken, DType, Error, HfModel, ModelConfigFile, ModelHandle, ModelKind, Progress, Result, fsio,
 };
 use serde_json::{Map, Value, json};
 
@@ -70,7 +70,11 @@ pub fn plan_model_folder(
         Some(peft) => lora_targets(peft, spec)?,
         None => LoraTargets::default(),
     };
-    let parameters = peft.map(|peft| adapter_parameters(&peft, spec)).transpose()?;
+    // The runtime hands an adapter's weights to the graph as they are.
+    let dtype = options.io_type().to_core().unwrap_or(DType::F32);
+    let parameters = peft
+        .map(|peft| adapter_parameters(&peft, spec, dtype))
+        .transpose()?;
     Ok(BuildPlan {
         model: build_graph(&source, options, &targets)?,
         adapter: parameters.map(|parameters| AdapterFile {

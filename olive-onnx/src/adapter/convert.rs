@@ -65,8 +65,8 @@ pub fn lora_targets(peft: &PeftAdapter, spec: &ModelSpec) -> Result<LoraTargets>
 ///
 /// # Errors
 /// As [`lora_targets`].
-pub fn adapter_parameters(peft: &Arc<PeftAdapter>, spec: &ModelSpec) -> Result<Vec<Tensor>> {
-    tensors(peft, places(peft, &Sizes::of_spec(spec))?, DType::F32)
+pub fn adapter_parameters(peft: &Arc<PeftAdapter>, spec: &ModelSpec, dtype: DType) -> Result<Vec<Tensor>> {
+    tensors(peft, places(peft, &Sizes::of_spec(spec))?, dtype)
 }
 
 /// What is known about the graph that an adapter goes into.

@@ -71,6 +71,36 @@ fn int4_keeps_the_adapter_in_float() {
 }
 
 #[test]
+fn an_adapters_file_has_the_types_of_the_graphs_inputs() {
+    let Some(root) = golden::genai() else { return };
+    for precision in [Precision::Fp16, Precision::Bf16, Precision::Int8] {
+        let scratch = tempfile::tempdir().unwrap();
+        let output = scratch.path().join("model");
+        build(
+            &root.join("llama/hf"),
+            precision,
+            Some(&root.join("llama/adapter-travel")),
+            &output,
+        );
+        let folder = OnnxFolder::open(&output).unwrap();
+        let graph = &folder.model().graph;
+        let adapter = read_adapter(&output.join(ADAPTER_FILE)).unwrap();
+        assert!(!adapter.parameters.is_empty());
+        for parameter in &adapter.parameters {
+            let input = graph.input(&parameter.name).unwrap();
+            let default = graph.initializer(&parameter.name).unwrap();
+            assert_eq!(
+                input.dtype,
+                Some(parameter.dtype()),
+                "{precision:?} {}",
+                parameter.name
+            );
+            assert_eq!(default.dtype(), parameter.dtype());
+        }
+    }
+}
+
+#[test]
 fn a_converted_adapter_holds_what_olives_converter_gives_under_the_graphs_names() {
     let Some(root) = golden::genai() else { return };
     let scratch = tempfile::tempdir().unwrap();

@@ -338,11 +338,12 @@ fn tensors(peft: &Arc<PeftAdapter>, places: Vec<Place>, dtype: DType) -> Result<
     let onnx = match dtype {
         DType::F32 => OnnxType::Float,
         DType::F16 => OnnxType::Float16,
+        DType::BF16 => OnnxType::Bfloat16,
         other => {
             return Err(Error::config(
                 "convert-adapters",
                 "dtype",
-                "float32 or float16",
+                "float32, float16 or bfloat16",
                 other.to_string(),
             ));
         }

@@ -8,11 +8,12 @@ mod aligned;
 pub(crate) mod attention;
 pub(crate) mod dense;
 pub(crate) mod exp;
+mod float_blocks;
 pub mod isa;
 pub mod nbits;
 pub(crate) mod norm;
-mod panel;
 pub(crate) mod parallel;
+pub(crate) mod pool;
 pub(crate) mod rope;
 mod scalar;
 #[cfg(target_arch = "x86_64")]

@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use olive_core::{Error, Result};
 use olive_onnx::OnnxFolder;
-use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::config::GenaiConfig;
 use crate::exec::{Plan, PlanInfo};
+use crate::kernels::pool::{self, Pool};
 
 /// A model folder (`genai_config.json`, an ONNX graph and its data), compiled and ready to run. Cheap to clone.
 #[derive(Clone)]
@@ -21,12 +21,12 @@ pub(crate) struct Loaded {
     folder: PathBuf,
     config: GenaiConfig,
     pub(crate) plan: Plan,
-    pool: Option<ThreadPool>,
+    pool: Arc<Pool>,
     load_seconds: f64,
 }
 
 impl Model {
-    /// Opens a folder. Weights stay in the mapped file. The number of threads is `intra_op_num_threads` of the
+    /// Opens a folder. Float weights stay in the mapped file, packed ones are put into the kernels' order. The number of threads is `intra_op_num_threads` of the
     /// folder's session options, else rayon's.
     ///
     /// # Errors
@@ -45,7 +45,9 @@ impl Model {
         let folder = OnnxFolder::open(path)?;
         let config = GenaiConfig::read(folder.path())?;
         let path = folder.path().to_path_buf();
-        let plan = Plan::new(folder.into_model(), &config.graph_names())?;
+        let threads = threads.or(config.threads()).unwrap_or_else(rayon::current_num_threads);
+        let pool = pool::shared(threads).map_err(Error::stage("threads"))?;
+        let plan = pool.install(|| Plan::new(folder.into_model(), &config.graph_names()))?;
         let layers = config.model.decoder.num_hidden_layers;
         if layers != 0 && layers != plan.info().layers {
             let origin = path.join("genai_config.json").display().to_string();
@@ -57,13 +59,6 @@ impl Model {
                 layers.to_string(),
             ));
         }
-        let pool = match threads.or(config.threads()) {
-            None => None,
-            Some(threads) => {
-                let pool = ThreadPoolBuilder::new().num_threads(threads).build();
-                Some(pool.map_err(Error::stage("threads"))?)
-            }
-        };
         let load_seconds = start.elapsed().as_secs_f64();
         Ok(Self {
             inner: Arc::new(Loaded {
@@ -101,12 +96,9 @@ impl Model {
         self.inner.load_seconds
     }
 
-    /// Runs `work` on the model's threads.
-    pub(crate) fn install<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        match &self.inner.pool {
-            Some(pool) => pool.install(work),
-            None => work(),
-        }
+    /// Lets the loops of `work` run on the model's threads.
+    pub(crate) fn install<T>(&self, work: impl FnOnce() -> T) -> T {
+        self.inner.pool.install(work)
     }
 }
 

@@ -2,6 +2,8 @@
 
 use olive_core::{Error, Result};
 
+use crate::kernels::attention::SLAB;
+
 /// Sizes of a layer's cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerShape {
@@ -19,7 +21,8 @@ struct Layer {
     values: Vec<f32>,
 }
 
-/// Keys and values of all layers, `[batch, heads, capacity, head_size]` each.
+/// Keys and values of all layers: keys `[batch, heads, capacity / 16, head_size, 16]`, values
+/// `[batch, heads, capacity, head_size]`.
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<Layer>,
@@ -73,7 +76,8 @@ impl KvCache {
         self.lengths = sources.iter().map(|s| self.lengths[*s]).collect();
     }
 
-    /// The buffers of a layer with room for `tokens` positions: keys, values, positions that there is room for.
+    /// The buffers of a layer with room for `tokens` positions: keys, values, positions that there is room for, a
+    /// multiple of 16.
     ///
     /// # Errors
     /// [`Error::Unsupported`] above the limit or for a layer that changes its sizes.
@@ -108,7 +112,8 @@ impl KvCache {
             let capacity = tokens
                 .max(layer.capacity * 2)
                 .max(FIRST_CAPACITY)
-                .min(self.limit.max(tokens));
+                .min(self.limit.max(tokens))
+                .next_multiple_of(SLAB);
             let old = layer.capacity * shape.head_size;
             let new = capacity * shape.head_size;
             for data in [&mut layer.keys, &mut layer.values] {
@@ -143,7 +148,7 @@ mod tests {
             keys[h * capacity * 3 + 9 * 3] = h as f32 + 1.0;
         }
         let (keys, values, capacity) = cache.layer(0, shape, 65).unwrap();
-        assert_eq!((capacity, values.len()), (100, 1200));
+        assert_eq!((capacity, values.len()), (112, 1344));
         assert!((0..4).all(|h| keys[h * capacity * 3 + 27] == h as f32 + 1.0));
         cache.reorder(&[1, 1]);
         let (keys, _, capacity) = cache.layer(0, shape, 65).unwrap();

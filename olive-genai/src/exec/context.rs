@@ -7,6 +7,7 @@ use olive_onnx::ir;
 
 use super::cache::KvCache;
 use super::value::{Tensor, Value};
+use crate::kernels::activation::QuantActivations;
 
 /// Where a step finds an input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +50,22 @@ impl Pool {
     }
 }
 
+/// Activations that were rounded last, kept for the next product with the same ones.
+#[derive(Debug, Default)]
+pub struct Rounded {
+    /// The slot that they are of, if any.
+    slot: Option<usize>,
+    /// The values.
+    pub values: QuantActivations,
+}
+
+impl Rounded {
+    /// Says that slots hold other values now.
+    pub fn forget(&mut self) {
+        self.slot = None;
+    }
+}
+
 /// The state of a run.
 pub struct RunState<'a> {
     /// Values, by slot.
@@ -61,6 +78,8 @@ pub struct RunState<'a> {
     pub cache: &'a mut KvCache,
     /// Buffers to use again.
     pub pool: &'a mut Pool,
+    /// Rounded activations; a slot is written once a run, so its number says whose they are.
+    pub rounded: &'a mut Rounded,
 }
 
 /// One step's view of the run.
@@ -149,6 +168,26 @@ impl OpContext<'_, '_> {
             }
         }
         self.value(i).cloned()
+    }
+
+    /// Rounds input 0 to 8 bits for weights of `bits` bits in blocks of `block`, into the state's `rounded`; does nothing
+    /// if that holds it already.
+    pub fn round_input(&mut self, bits: usize, block: usize) -> Result<()> {
+        let mut rounded = std::mem::take(self.state.rounded);
+        let slot = match self.inputs.first() {
+            Some(Source::Slot(slot)) => Some(*slot),
+            _ => None,
+        };
+        let same = (rounded.values.bits, rounded.values.block) == (bits, block);
+        let result = self.f32(0).map(|x| {
+            if slot.is_none() || rounded.slot != slot || !same {
+                let k = x.shape().last().copied().unwrap_or(0);
+                rounded.values.fill(x.data(), k, bits, block);
+                rounded.slot = slot;
+            }
+        });
+        *self.state.rounded = rounded;
+        result
     }
 
     /// A buffer of `len` floats; what they are is not defined.

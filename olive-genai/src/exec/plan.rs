@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use olive_onnx::ir::{Model, ValueInfo};
 
-use super::context::{Pool, Source};
+use super::context::{Pool, Rounded, Source};
 use super::registry::Op;
 use super::value::Value;
 
@@ -129,6 +129,7 @@ struct Branch {
 pub struct Workspace {
     slots: Vec<Option<Value>>,
     pool: Pool,
+    rounded: Rounded,
 }
 
 impl Plan {

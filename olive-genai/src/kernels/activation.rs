@@ -1,81 +1,81 @@
-//! Activations in the order in which the block-quantized kernels read them.
+//! Activations rounded to 8 bits, in the order in which the block-quantized kernels read them.
 //!
-//! A *unit* is what 64 bytes of packed weights cover: 128 elements of 4 bits or 64 of 8 bits. A packed byte holds two
-//! neighbouring 4-bit elements, so for 4 bits the even elements of a unit come first, then the odd ones. A unit has 16
-//! *lanes*; a lane is the elements of four packed bytes, the piece that one 32-bit sum of a vector holds.
-
-use rayon::prelude::*;
+//! Kernels take four values of a row at a time, a *quad*. A step of 4-bit weights holds eight neighbouring elements of
+//! an output feature in four bytes, the even ones in the low nibbles: so of every eight values the even ones come
+//! first, then the odd ones. For 8-bit weights the order is that of the row.
 
 use super::aligned::Aligned;
 use super::isa::{isa, multiversion};
+use super::parallel::{self, Parts};
 
-/// Lanes of a unit.
-pub const LANES: usize = 16;
-
-/// Rows that a thread rounds at least.
+/// Rows that a piece of work rounds.
 const ROWS: usize = 8;
-
-/// Elements of a unit.
-pub const fn unit_elements(bits: usize) -> usize {
-    512 / bits
-}
 
 /// Activations rounded to 8 bits, a scale for each block: `scale = max|a| / 127`, round half to even.
 #[derive(Debug, Default)]
 pub struct QuantActivations {
     /// Rows.
     pub rows: usize,
-    /// Units of a row.
-    pub units: usize,
-    /// `[rows, units, unit]`, zero behind the row's end.
+    /// Blocks of a row.
+    pub blocks: usize,
+    /// Values of a block.
+    pub block: usize,
+    /// Bits of the weights that the order is made for.
+    pub bits: usize,
+    /// `[rows, blocks, block]`, zero behind the row's end.
     pub values: Aligned<i8>,
-    /// `[rows, units, 16]`: minus the sum of the lane's values.
-    pub negative_sums: Aligned<i32>,
-    /// `[rows, units, 16]`: the scale of the lane's block.
+    /// `[rows, blocks]`: the scales.
     pub scales: Aligned<f32>,
+    /// `[rows, blocks]`: `−2^(bits − 1)` times the sum of the block's values, what a product with weights around that
+    /// number has too much.
+    pub centres: Aligned<i32>,
 }
 
 impl QuantActivations {
     /// Rounds `[rows, k]` values for weights of `bits` bits in blocks of `block` elements.
     pub fn new(values: &[f32], k: usize, bits: usize, block: usize) -> Self {
-        let rows = values.len().checked_div(k).unwrap_or(0);
-        let unit = unit_elements(bits);
-        let units = k.next_multiple_of(block).div_ceil(unit);
-        let mut this = Self {
-            rows,
-            units,
-            values: Aligned::new(rows * units * unit),
-            negative_sums: Aligned::new(rows * units * LANES),
-            scales: Aligned::new(rows * units * LANES),
-        };
-        let isa = isa();
-        let lanes = (units * LANES).max(1);
-        let quantize = if bits == 4 { quantize_row_4 } else { quantize_row_8 };
-        if rows == 1 {
-            let (scales, sums) = (&mut this.scales, &mut this.negative_sums);
-            quantize(isa, &values[..k], &mut this.values, scales, sums, block);
-        } else {
-            let values = values.par_chunks_exact(k.max(1));
-            let quantized = this.values.par_chunks_exact_mut((units * unit).max(1));
-            let scales = this.scales.par_chunks_exact_mut(lanes);
-            let sums = this.negative_sums.par_chunks_exact_mut(lanes);
-            let rows = values.zip(quantized).zip(scales.zip(sums));
-            rows.with_min_len(ROWS)
-                .for_each(|((row, quantized), (scales, sums))| {
-                    quantize(isa, row, quantized, scales, sums, block);
-                });
-        }
+        let mut this = Self::default();
+        this.fill(values, k, bits, block);
         this
+    }
+
+    /// [`QuantActivations::new`] in the same buffers.
+    pub fn fill(&mut self, values: &[f32], k: usize, bits: usize, block: usize) {
+        let rows = values.len().checked_div(k).unwrap_or(0);
+        let blocks = k.div_ceil(block);
+        let width = blocks * block;
+        (self.rows, self.blocks, self.block, self.bits) = (rows, blocks, block, bits);
+        self.values.resize(rows * width);
+        self.scales.resize(rows * blocks);
+        self.centres.resize(rows * blocks);
+        let isa = isa();
+        let quantize = if bits == 4 { quantize_row_4 } else { quantize_row_8 };
+        let out = Parts::new(&mut self.values);
+        let (scales, centres) = (Parts::new(&mut self.scales), Parts::new(&mut self.centres));
+        parallel::for_each(rows.div_ceil(ROWS), rows * k, |piece| {
+            for row in piece * ROWS..(piece * ROWS + ROWS).min(rows) {
+                let of_row = row * blocks..(row + 1) * blocks;
+                // SAFETY: every row is done once, and rows do not overlap.
+                let (out, scales, centres) = unsafe {
+                    (
+                        out.slice(row * width..(row + 1) * width),
+                        scales.slice(of_row.clone()),
+                        centres.slice(of_row),
+                    )
+                };
+                quantize(isa, &values[row * k..(row + 1) * k], out, scales, centres, block);
+            }
+        });
     }
 }
 
 multiversion! {
-    fn quantize_row_4(isa; row: &[f32], out: &mut [i8], scales: &mut [f32], sums: &mut [i32], block: usize)
+    fn quantize_row_4(isa; row: &[f32], out: &mut [i8], scales: &mut [f32], centres: &mut [i32], block: usize)
         = quantize_row::<4>
 }
 
 multiversion! {
-    fn quantize_row_8(isa; row: &[f32], out: &mut [i8], scales: &mut [f32], sums: &mut [i32], block: usize)
+    fn quantize_row_8(isa; row: &[f32], out: &mut [i8], scales: &mut [f32], centres: &mut [i32], block: usize)
         = quantize_row::<8>
 }
 
@@ -84,29 +84,35 @@ fn quantize_row<const BITS: usize>(
     row: &[f32],
     out: &mut [i8],
     scales: &mut [f32],
-    sums: &mut [i32],
+    centres: &mut [i32],
     block: usize,
 ) {
-    let unit = unit_elements(BITS);
-    let lane = unit / LANES;
-    for (b, (values, out)) in row.chunks(block).zip(out.chunks_mut(block)).enumerate() {
+    for (b, (values, out)) in row.chunks(block).zip(out.chunks_exact_mut(block)).enumerate() {
         let scale = largest_size(values) / 127.0;
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-        for (out, v) in out.iter_mut().zip(values) {
-            *out = round(v * inverse);
+        // Blocks of 32 are the common ones, and a known length makes short vectors of them.
+        let sum = match (<&[f32; 32]>::try_from(values), <&mut [i8; 32]>::try_from(&mut *out)) {
+            (Ok(values), Ok(out)) => round_block(values, out, inverse),
+            _ => round_block(values, out, inverse),
+        };
+        if BITS == 4 {
+            out.as_chunks_mut::<8>().0.iter_mut().for_each(split_pairs);
         }
-        let start = b * block;
-        let lanes = start / lane..(start + block).div_ceil(lane).min(scales.len());
-        scales[lanes].fill(scale);
+        scales[b] = scale;
+        centres[b] = -(sum << (BITS - 1));
     }
-    for (values, sums) in out.chunks_exact_mut(unit).zip(sums.chunks_exact_mut(LANES)) {
-        for (values, sum) in values.chunks_exact(lane).zip(sums) {
-            *sum = -values.iter().map(|v| i32::from(*v)).sum::<i32>();
-        }
-        if let ([values], []) = values.as_chunks_mut::<128>() {
-            split_pairs(values);
-        }
+}
+
+#[inline(always)]
+fn round_block(values: &[f32], out: &mut [i8], inverse: f32) -> i32 {
+    let mut sum = 0;
+    for (out, v) in out.iter_mut().zip(values) {
+        let rounded = round(v * inverse);
+        sum += i32::from(rounded);
+        *out = rounded;
     }
+    out[values.len()..].fill(0);
+    sum
 }
 
 /// The largest absolute value. Sixteen are looked for side by side; their order does not matter.
@@ -136,54 +142,17 @@ fn round(v: f32) -> i8 {
     (v + BESIDE).to_bits().wrapping_sub(BESIDE.to_bits()) as i8
 }
 
-/// Moves the even elements of a unit of 4-bit weights to the front.
+/// Moves the even ones of eight values to the front.
 #[inline(always)]
-fn split_pairs(values: &mut [i8; 128]) {
-    let pairs = *values;
-    let (even, odd) = values.split_at_mut(64);
-    for i in 0..64 {
-        even[i] = pairs[2 * i];
-        odd[i] = pairs[2 * i + 1];
-    }
-}
-
-/// Float activations of a few rows. For 4 bits, groups of 32 elements with the 16 even ones first; zero behind the
-/// row's end.
-#[derive(Debug, Default)]
-pub struct FloatActivations {
-    /// Rows.
-    pub rows: usize,
-    /// Elements of a row with the padding, a multiple of 32.
-    pub width: usize,
-    /// `[rows, width]`.
-    pub values: Vec<f32>,
-}
-
-impl FloatActivations {
-    /// Reorders `[rows, k]` values for weights of `bits` bits.
-    pub fn new(values: &[f32], k: usize, bits: usize) -> Self {
-        let rows = values.len().checked_div(k).unwrap_or(0);
-        let width = k.next_multiple_of(32);
-        let mut out = vec![0.0; rows * width];
-        for (row, out) in values
-            .chunks_exact(k.max(1))
-            .zip(out.chunks_exact_mut(width.max(1)))
-        {
-            for (i, v) in row.iter().enumerate() {
-                let at = if bits == 4 {
-                    i / 32 * 32 + (i % 2) * 16 + i % 32 / 2
-                } else {
-                    i
-                };
-                out[at] = *v;
-            }
-        }
-        Self {
-            rows,
-            width,
-            values: out,
-        }
-    }
+fn split_pairs(values: &mut [i8; 8]) {
+    let all = u64::from_le_bytes(values.map(|v| v as u8));
+    let every_other = |v: u64| {
+        let v = v & 0x00ff_00ff_00ff_00ff;
+        let v = (v | v >> 8) & 0x0000_ffff_0000_ffff;
+        (v | v >> 16) & 0x0000_0000_ffff_ffff
+    };
+    let split = every_other(all) | every_other(all >> 8) << 32;
+    *values = split.to_le_bytes().map(|v| v as i8);
 }
 
 #[cfg(test)]
@@ -208,5 +177,23 @@ mod tests {
                 assert_eq!(largest_size(&values), 3.0);
             }
         }
+    }
+
+    #[test]
+    fn even_values_go_first_and_sums_are_of_the_block() {
+        let values: Vec<f32> = (0..40).map(|i| i as f32 - 20.0).collect();
+        let acts = QuantActivations::new(&values, 40, 4, 16);
+        assert_eq!((acts.blocks, acts.values.len()), (3, 48));
+        for (b, block) in values.chunks(16).enumerate() {
+            let scale = block.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0;
+            assert_eq!(acts.scales[b], scale);
+            let rounded: Vec<i32> = block.iter().map(|v| (v / scale).round_ties_even() as i32).collect();
+            assert_eq!(acts.centres[b], -8 * rounded.iter().sum::<i32>());
+            for (i, want) in rounded.iter().enumerate() {
+                let at = b * 16 + i / 8 * 8 + i % 2 * 4 + i % 8 / 2;
+                assert_eq!(i32::from(acts.values[at]), *want, "{i}");
+            }
+        }
+        assert!(acts.values[40..].iter().all(|v| *v == 0));
     }
 }

@@ -22,6 +22,15 @@ impl<T: Copy + Default> Aligned<T> {
         let start = values.as_ptr().align_offset(LINE).min(spare);
         Self { values, start, len }
     }
+
+    /// Makes it `len` values long; what they are is not defined. The buffer is kept where it is large enough.
+    pub fn resize(&mut self, len: usize) {
+        if self.start + len <= self.values.len() {
+            self.len = len;
+        } else {
+            *self = Self::new(len);
+        }
+    }
 }
 
 impl<T> Deref for Aligned<T> {
@@ -51,6 +60,8 @@ mod tests {
             assert_eq!(floats.as_ptr() as usize % LINE, 0);
             let bytes = Aligned::<u8>::new(len);
             assert_eq!((bytes.len(), bytes.as_ptr() as usize % LINE), (len, 0));
+            floats.resize(2 * len);
+            assert_eq!((floats.len(), floats.as_ptr() as usize % LINE), (2 * len, 0));
         }
     }
 }

@@ -1,12 +1,25 @@
 //! Causal attention over a cache of keys and values, heads in groups.
+//!
+//! Keys lie in *slabs* of sixteen positions, `[head_size, 16]` each, so that sixteen scores are one vector and no sum
+//! goes across lanes. Values lie row by row.
 
-use super::dense::{self, Shape, dot_plain};
+use std::cell::RefCell;
+use std::ops::Range;
+
 use super::exp::exp;
-use super::isa::{Isa, isa, multiversion};
-use super::parallel;
+use super::float_blocks::add_product;
+use super::isa::{Isa, isa, multiversion, multiversion_fused};
+use super::parallel::{self, Parts};
+use crate::exec::cache::LayerShape;
 
-/// Queries of a piece when there are many.
+/// Positions of a slab of keys.
+pub const SLAB: usize = 16;
+/// Queries of a piece of work, at most.
 const TILE: usize = 32;
+/// Slabs that all queries of a piece pass before the next ones: they stay in the first-level cache.
+const SLABS: usize = 4;
+/// Values that all queries of a piece pass before the next ones.
+const VALUES: usize = 64;
 
 /// What does not change from step to step.
 #[derive(Debug, Clone, Copy)]
@@ -31,11 +44,11 @@ pub struct AttentionSpec {
 pub struct AttentionInput<'a> {
     /// `[batch, heads, steps, head_size]`.
     pub queries: &'a [f32],
-    /// `[batch, kv_heads, capacity, head_size]`.
+    /// `[batch, kv_heads, capacity / 16, head_size, 16]`.
     pub keys: &'a [f32],
     /// `[batch, kv_heads, capacity, head_size]`.
     pub values: &'a [f32],
-    /// Positions that the cache has room for.
+    /// Positions that the cache has room for, a multiple of 16.
     pub capacity: usize,
     /// Queries of a row, padding included.
     pub steps: usize,
@@ -43,7 +56,46 @@ pub struct AttentionInput<'a> {
     pub rows: &'a [(usize, usize)],
 }
 
+/// Keys and values of a step, `[batch, kv_heads, steps, head_size]` each.
+#[derive(Clone, Copy)]
+pub struct NewTokens<'a> {
+    /// Keys.
+    pub keys: &'a [f32],
+    /// Values.
+    pub values: &'a [f32],
+    /// Steps of a row, padding included.
+    pub steps: usize,
+}
+
+/// Puts new keys and values behind those of earlier tokens, in the order of [`AttentionInput`].
+pub fn store(
+    new: NewTokens<'_>,
+    LayerShape { heads, head_size }: LayerShape,
+    rows: &[(usize, usize)],
+    capacity: usize,
+    (keys, values): (&mut [f32], &mut [f32]),
+) {
+    let (keys, values) = (Parts::new(keys), Parts::new(values));
+    parallel::for_each(rows.len() * heads, 2 * new.keys.len(), |i| {
+        let (past, count) = rows[i / heads];
+        let head = i * capacity * head_size..(i + 1) * capacity * head_size;
+        // SAFETY: heads do not overlap.
+        let (keys, values) = unsafe { (keys.slice(head.clone()), values.slice(head)) };
+        let source = i * new.steps * head_size..(i * new.steps + count) * head_size;
+        values[past * head_size..(past + count) * head_size].copy_from_slice(&new.values[source.clone()]);
+        for (s, key) in new.keys[source].chunks_exact(head_size).enumerate() {
+            let at = past + s;
+            let slab = &mut keys[at / SLAB * SLAB * head_size..][..SLAB * head_size];
+            for (v, place) in key.iter().zip(slab.chunks_exact_mut(SLAB)) {
+                place[at % SLAB] = *v;
+            }
+        }
+    });
+}
+
 /// Writes `[batch, heads, steps, head_size]`; zeros where a row has padding.
+///
+/// A piece of work is all query heads of a key head where they are few, else a tile of one head's queries.
 pub fn attend(spec: &AttentionSpec, input: &AttentionInput<'_>, out: &mut [f32]) {
     let isa = isa();
     let AttentionSpec {
@@ -52,61 +104,80 @@ pub fn attend(spec: &AttentionSpec, input: &AttentionInput<'_>, out: &mut [f32])
         head_size,
         ..
     } = *spec;
-    let group = heads / kv_heads;
-    let total: usize = input.rows.iter().map(|(past, new)| past + new).sum();
-    let work = 2 * total * input.steps * heads * head_size;
-    let cache_of = |row: usize, head: usize| {
-        let start = (row * kv_heads + head / group) * input.capacity * head_size;
-        let length = (input.rows[row].0 + input.rows[row].1) * head_size;
-        (
-            &input.keys[start..start + length],
-            &input.values[start..start + length],
-        )
-    };
-    let tiles = input.steps.div_ceil(TILE).max(1);
-    let padded = tiles * TILE;
-    if input.steps <= 4 {
-        parallel::for_pieces(out, input.steps * head_size, work, |i, out| {
-            let (row, head) = (i / heads, i % heads);
-            let (keys, values) = cache_of(row, head);
-            let queries = &input.queries[i * input.steps * head_size..][..out.len()];
-            for (s, (query, out)) in queries
-                .chunks_exact(head_size)
-                .zip(out.chunks_exact_mut(head_size))
-                .enumerate()
-            {
-                match visible(spec, input.rows[row], s) {
-                    Some((first, end)) => one_query(isa, spec, query, (keys, values), first, end, out),
-                    None => out.fill(0.0),
-                }
-            }
-        });
+    let (group, steps) = (heads / kv_heads, input.steps);
+    if out.is_empty() {
         return;
     }
-    // Heads are padded to whole tiles so that every piece is one tile of one head.
-    let mut tiled = vec![0.0f32; input.rows.len() * heads * padded * head_size];
-    parallel::for_pieces(&mut tiled, TILE * head_size, work, |i, out| {
-        let (row, head, tile) = (i / tiles / heads, i / tiles % heads, i % tiles);
-        let first = tile * TILE;
-        let count = TILE.min(input.rows[row].1.saturating_sub(first));
-        if count > 0 {
-            let at = ((row * heads + head) * input.steps + first) * head_size;
-            let queries = &input.queries[at..at + count * head_size];
-            query_tile(
-                isa,
-                spec,
-                queries,
-                cache_of(row, head),
-                (input.rows[row], first),
-                out,
-            );
-        }
+    let total: usize = input.rows.iter().map(|(past, new)| past + new).sum();
+    let work = 2 * total * steps * heads * head_size;
+    let (together, tile) = if group * steps <= TILE {
+        (group, steps)
+    } else {
+        (1, TILE.min(steps))
+    };
+    let (units, tiles) = (heads / together, steps.div_ceil(tile));
+    let parts = Parts::new(out);
+    parallel::for_each(input.rows.len() * units * tiles, work, |i| {
+        let (row, unit, tile_start) = (i / tiles / units, i / tiles % units, i % tiles * tile);
+        let steps_here = tile_start..(tile_start + tile).min(steps);
+        let first = (row * heads + unit * together) * steps + steps_here.start;
+        let count = if together > 1 { together * steps } else { steps_here.len() };
+        let place = first * head_size..(first + count) * head_size;
+        // SAFETY: pieces are different queries.
+        let out = unsafe { parts.slice(place.clone()) };
+        let cache = (row * kv_heads + unit * together / group) * input.capacity * head_size;
+        let cache = cache..cache + input.capacity * head_size;
+        let piece = Piece {
+            spec,
+            queries: &input.queries[place],
+            keys: &input.keys[cache.clone()],
+            values: &input.values[cache],
+            row: input.rows[row],
+            steps: steps_here,
+        };
+        SCORES.with_borrow_mut(|scores| piece.attend(isa, scores, out));
     });
-    for (out, tiled) in out
-        .chunks_exact_mut(input.steps * head_size)
-        .zip(tiled.chunks_exact(padded * head_size))
-    {
-        out.copy_from_slice(&tiled[..out.len()]);
+}
+
+thread_local! {
+    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Queries that share keys and values: those of `steps`, for one head after the other.
+struct Piece<'a> {
+    spec: &'a AttentionSpec,
+    queries: &'a [f32],
+    keys: &'a [f32],
+    values: &'a [f32],
+    row: (usize, usize),
+    steps: Range<usize>,
+}
+
+impl Piece<'_> {
+    fn attend(&self, isa: Isa, scores: &mut Vec<f32>, out: &mut [f32]) {
+        let width = self.spec.head_size;
+        out.fill(0.0);
+        let count = self.steps.len();
+        let range = |query: usize| visible(self.spec, self.row, self.steps.start + query % count);
+        let ranges = || (0..count).filter_map(range);
+        let (Some(low), Some(high)) = (ranges().map(|r| r.0).min(), ranges().map(|r| r.1).max()) else {
+            return;
+        };
+        let low = low / SLAB * SLAB;
+        let slabs = (high - low).div_ceil(SLAB);
+        let length = slabs * SLAB;
+        let queries = self.queries.len() / width;
+        scores.resize(scores.len().max(queries * length), 0.0);
+        let scores = &mut scores[..queries * length];
+        let keys = &self.keys[low * width..(low + length) * width];
+        score_slabs(isa, self.queries, width, keys, scores);
+        for (query, scores) in scores.chunks_exact_mut(length).enumerate() {
+            let (start, end) = range(query).unwrap_or((low, low));
+            scores[..start - low].fill(0.0);
+            scores[end - low..].fill(0.0);
+            soften(isa, self.spec.scale, self.spec.softcap, &mut scores[start - low..end - low]);
+        }
+        add_values(isa, scores, length, &self.values[low * width..high * width], width, out);
     }
 }
 
@@ -123,98 +194,103 @@ fn visible(spec: &AttentionSpec, (past, new): (usize, usize), step: usize) -> Op
     Some((first, end))
 }
 
-fn one_query(
-    isa: Isa,
-    spec: &AttentionSpec,
-    query: &[f32],
-    (keys, values): (&[f32], &[f32]),
-    first: usize,
-    end: usize,
-    out: &mut [f32],
-) {
-    let width = spec.head_size;
-    let mut scores = vec![0.0; end - first];
-    let (keys, values) = (
-        &keys[first * width..end * width],
-        &values[first * width..end * width],
-    );
-    score_keys(isa, query, keys, spec.scale, &mut scores);
-    soften(isa, spec.softcap, &mut scores);
-    add_values(isa, &scores, values, out);
+multiversion_fused! {
+    /// `scores[query, position] = query · key` for all positions of the slabs.
+    fn score_slabs(isa; queries: &[f32], width: usize, keys: &[f32], scores: &mut [f32]) = score_slabs_plain::<>
 }
 
-fn query_tile(
-    isa: Isa,
-    spec: &AttentionSpec,
-    queries: &[f32],
-    (keys, values): (&[f32], &[f32]),
-    (row, first): ((usize, usize), usize),
-    out: &mut [f32],
-) {
-    let width = spec.head_size;
+#[inline(always)]
+fn score_slabs_plain<const FUSED: bool>(queries: &[f32], width: usize, keys: &[f32], scores: &mut [f32]) {
+    let slabs = keys.as_chunks::<SLAB>().0;
+    let length = slabs.len() / width * SLAB;
     let count = queries.len() / width;
-    let ranges: Vec<(usize, usize)> = (first..first + count)
-        .filter_map(|s| visible(spec, row, s))
-        .collect();
-    let low = ranges.iter().map(|r| r.0).min().unwrap_or(0);
-    let high = ranges.iter().map(|r| r.1).max().unwrap_or(0);
-    let length = high - low;
-    let mut scores = vec![0.0f32; count * length];
-    let w = width as isize;
-    let (keys, values) = (
-        &keys[low * width..high * width],
-        &values[low * width..high * width],
-    );
-    let shape = Shape {
-        m: count,
-        n: length,
-        k: width,
-    };
-    dense::gemm_into(shape, (&mut scores, length), (queries, w, 1), (keys, 1, w));
-    for ((start, end), scores) in ranges.iter().zip(scores.chunks_exact_mut(length)) {
-        scores[..start - low].fill(0.0);
-        scores[end - low..].fill(0.0);
-        let seen = &mut scores[start - low..end - low];
-        seen.iter_mut().for_each(|s| *s *= spec.scale);
-        soften(isa, spec.softcap, seen);
-    }
-    let shape = Shape {
-        m: count,
-        n: width,
-        k: length,
-    };
-    dense::gemm_into(shape, (out, width), (&scores, length as isize, 1), (values, w, 1));
-}
-
-multiversion! {
-    fn score_keys(isa; query: &[f32], keys: &[f32], scale: f32, scores: &mut [f32]) = score_keys_plain
-}
-
-#[inline(always)]
-fn score_keys_plain(query: &[f32], keys: &[f32], scale: f32, scores: &mut [f32]) {
-    for (score, key) in scores.iter_mut().zip(keys.chunks_exact(query.len())) {
-        *score = dot_plain(query, key) * scale;
+    for (s, slabs) in slabs.chunks(SLABS * width).enumerate() {
+        let mut q = 0;
+        while q < count {
+            let step = match count - q {
+                8.. => 8,
+                4.. => 4,
+                2.. => 2,
+                _ => 1,
+            };
+            let queries = &queries[q * width..(q + step) * width];
+            let scores = &mut scores[q * length + s * SLABS * SLAB..];
+            match step {
+                8 => score_some::<8, 1, FUSED>(queries, width, slabs, scores, length),
+                4 => score_some::<4, 2, FUSED>(queries, width, slabs, scores, length),
+                2 => score_some::<2, 4, FUSED>(queries, width, slabs, scores, length),
+                _ => score_some::<1, 8, FUSED>(queries, width, slabs, scores, length),
+            }
+            q += step;
+        }
     }
 }
 
+/// `QUERIES` queries with some slabs, one after the other as they lie in memory. Each score is summed in `SUMS` parts,
+/// so that enough sums are going.
+#[inline(always)]
+fn score_some<const QUERIES: usize, const SUMS: usize, const FUSED: bool>(
+    queries: &[f32],
+    width: usize,
+    slabs: &[[f32; SLAB]],
+    scores: &mut [f32],
+    length: usize,
+) {
+    let rows: [&[f32]; QUERIES] = std::array::from_fn(|q| &queries[q * width..(q + 1) * width]);
+    for (s, slab) in slabs.chunks_exact(width).enumerate() {
+        let mut sums = [[[0.0f32; SLAB]; SUMS]; QUERIES];
+        let (parts, rest) = slab.as_chunks::<SUMS>();
+        for (i, part) in parts.iter().enumerate() {
+            for q in 0..QUERIES {
+                for p in 0..SUMS {
+                    let factor = rows[q][i * SUMS + p];
+                    for l in 0..SLAB {
+                        sums[q][p][l] = add_product::<FUSED>(factor, part[p][l], sums[q][p][l]);
+                    }
+                }
+            }
+        }
+        for (i, key) in rest.iter().enumerate() {
+            for q in 0..QUERIES {
+                let factor = rows[q][parts.len() * SUMS + i];
+                for l in 0..SLAB {
+                    sums[q][0][l] = add_product::<FUSED>(factor, key[l], sums[q][0][l]);
+                }
+            }
+        }
+        for q in 0..QUERIES {
+            let out = &mut scores[q * length + s * SLAB..][..SLAB];
+            for l in 0..SLAB {
+                out[l] = (1..SUMS).fold(sums[q][0][l], |sum, p| sum + sums[q][p][l]);
+            }
+        }
+    }
+}
+
 multiversion! {
-    /// Softmax, after the cap.
-    fn soften(isa; softcap: f32, scores: &mut [f32]) = soften_plain
+    /// Softmax, after scale and cap.
+    fn soften(isa; scale: f32, softcap: f32, scores: &mut [f32]) = soften_plain
 }
 
 #[inline(always)]
-fn soften_plain(softcap: f32, scores: &mut [f32]) {
+fn soften_plain(scale: f32, softcap: f32, scores: &mut [f32]) {
+    scores.iter_mut().for_each(|s| *s *= scale);
     if softcap > 0.0 {
         scores
             .iter_mut()
             .for_each(|s| *s = softcap * (*s / softcap).tanh());
     }
     const WIDTH: usize = 16;
-    let largest = scores
-        .iter()
-        .fold(f32::NEG_INFINITY, |m, s| if *s > m { *s } else { m });
-    let mut sums = [0.0f32; WIDTH];
+    let larger = |m: f32, s: f32| if s > m { s } else { m };
     let (parts, rest) = scores.as_chunks_mut::<WIDTH>();
+    let mut most = [f32::NEG_INFINITY; WIDTH];
+    for part in parts.iter() {
+        for i in 0..WIDTH {
+            most[i] = larger(most[i], part[i]);
+        }
+    }
+    let largest = most.iter().chain(rest.iter()).fold(f32::NEG_INFINITY, |m, s| larger(m, *s));
+    let mut sums = [0.0f32; WIDTH];
     for part in parts {
         for i in 0..WIDTH {
             part[i] = exp(part[i] - largest);
@@ -230,29 +306,74 @@ fn soften_plain(softcap: f32, scores: &mut [f32]) {
     scores.iter_mut().for_each(|s| *s *= inverse);
 }
 
-multiversion! {
-    fn add_values(isa; weights: &[f32], values: &[f32], out: &mut [f32]) = add_values_plain
+multiversion_fused! {
+    /// Adds `weights[query, position] · values[position]` to the rows of `out`; rows of `weights` are `length` long.
+    fn add_values(isa; weights: &[f32], length: usize, values: &[f32], width: usize, out: &mut [f32])
+        = add_values_plain::<>
 }
 
 #[inline(always)]
-fn add_values_plain(weights: &[f32], values: &[f32], out: &mut [f32]) {
-    let width = out.len();
-    out.fill(0.0);
-    let mut rows = values.chunks_exact(4 * width);
-    let mut fours = weights.chunks_exact(4);
-    for (row, w) in (&mut rows).zip(&mut fours) {
-        let (a, rest) = row.split_at(width);
-        let (b, rest) = rest.split_at(width);
-        let (c, d) = rest.split_at(width);
-        for i in 0..width {
-            out[i] += (w[0] * a[i] + w[1] * b[i]) + (w[2] * c[i] + w[3] * d[i]);
+fn add_values_plain<const FUSED: bool>(
+    weights: &[f32],
+    length: usize,
+    values: &[f32],
+    width: usize,
+    out: &mut [f32],
+) {
+    for (v, values) in values.chunks(VALUES * width).enumerate() {
+        let weights = &weights[v * VALUES..];
+        let mut q = 0;
+        let count = out.len() / width;
+        while q < count {
+            let step = if count - q >= 4 { 4 } else { 1 };
+            let (weights, out) = (&weights[q * length..], &mut out[q * width..(q + step) * width]);
+            let mut column = 0;
+            while column < width {
+                column += match (step, width - column) {
+                    (4, 64..) => add_some::<4, 64, FUSED>(weights, length, values, width, column, out),
+                    (4, 32..) => add_some::<4, 32, FUSED>(weights, length, values, width, column, out),
+                    (4, 16..) => add_some::<4, 16, FUSED>(weights, length, values, width, column, out),
+                    (4, _) => add_some::<4, 1, FUSED>(weights, length, values, width, column, out),
+                    (_, 64..) => add_some::<1, 64, FUSED>(weights, length, values, width, column, out),
+                    (_, 16..) => add_some::<1, 16, FUSED>(weights, length, values, width, column, out),
+                    _ => add_some::<1, 1, FUSED>(weights, length, values, width, column, out),
+                };
+            }
+            q += step;
         }
     }
-    for (row, w) in rows.remainder().chunks_exact(width).zip(fours.remainder()) {
-        for i in 0..width {
-            out[i] += w * row[i];
+}
+
+/// `WIDTH` columns of `QUERIES` queries; gives `WIDTH`.
+#[inline(always)]
+fn add_some<const QUERIES: usize, const WIDTH: usize, const FUSED: bool>(
+    weights: &[f32],
+    length: usize,
+    values: &[f32],
+    width: usize,
+    column: usize,
+    out: &mut [f32],
+) -> usize {
+    let mut sums = [[0.0f32; WIDTH]; QUERIES];
+    for (q, sums) in sums.iter_mut().enumerate() {
+        sums.copy_from_slice(&out[q * width + column..][..WIDTH]);
+    }
+    let positions = values.len() / width;
+    let rows: [&[f32]; QUERIES] = std::array::from_fn(|q| &weights[q * length..][..positions]);
+    for j in 0..positions {
+        let mut row = [0.0f32; WIDTH];
+        row.copy_from_slice(&values[j * width + column..][..WIDTH]);
+        for q in 0..QUERIES {
+            let factor = rows[q][j];
+            for c in 0..WIDTH {
+                sums[q][c] = add_product::<FUSED>(factor, row[c], sums[q][c]);
+            }
         }
     }
+    for (q, sums) in sums.iter().enumerate() {
+        out[q * width + column..][..WIDTH].copy_from_slice(sums);
+    }
+    WIDTH
 }
 
 #[cfg(test)]
@@ -284,10 +405,11 @@ mod tests {
                         .filter(|j| spec.window.is_none_or(|n| i < j + n))
                         .collect();
                     let scores = seen.iter().map(|j| {
-                        let key = &input.keys[cache + j * w..][..w];
+                        let slab = &input.keys[cache + j / 16 * 16 * w..][..16 * w];
+                        let key: Vec<f32> = (0..w).map(|d| slab[d * 16 + j % 16]).collect();
                         let dot: f64 = input.queries[q..q + w]
                             .iter()
-                            .zip(key)
+                            .zip(&key)
                             .map(|(a, b)| f64::from(*a) * f64::from(*b))
                             .sum();
                         let score = dot * f64::from(spec.scale);
@@ -327,7 +449,7 @@ mod tests {
                         causal,
                     };
                     let rows = [(5, steps), (11, steps.div_ceil(2))];
-                    let capacity = 11 + steps;
+                    let capacity = (11 + steps).next_multiple_of(16);
                     let queries = numbers(2 * heads * steps * head_size, 0.11);
                     let keys = numbers(2 * kv_heads * capacity * head_size, 0.13);
                     let values = numbers(2 * kv_heads * capacity * head_size, 0.17);

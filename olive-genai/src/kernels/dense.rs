@@ -54,17 +54,6 @@ fn wide_matmul(a: &[f32], b: &[f32], m: usize, k: usize, n: usize, out: &mut [f3
     });
 }
 
-/// `out[r, m] = a[r, k] · b[m, k]ᵀ`.
-pub fn matmul_transposed(a: &[f32], b: &[f32], k: usize, out: &mut [f32]) {
-    let (r, m) = (a.len() / k, b.len() / k);
-    gemm_into(
-        Shape { m: r, n: m, k },
-        (out, m),
-        (a, k as isize, 1),
-        (b, 1, k as isize),
-    );
-}
-
 /// Sizes of a product `[m, k] · [k, n]`.
 #[derive(Clone, Copy)]
 pub struct Shape {

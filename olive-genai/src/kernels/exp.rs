@@ -10,7 +10,8 @@ pub fn exp(x: f32) -> f32 {
     // Adding and taking off 1.5 · 2^23 rounds to the nearest integer.
     const ROUND: f32 = 12_582_912.0;
     let clamped = x.clamp(-87.3, 88.3);
-    let n = (clamped * LOG2_E + ROUND) - ROUND;
+    let rounded = clamped * LOG2_E + ROUND;
+    let n = rounded - ROUND;
     let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
     // Taylor's series with the last coefficients adjusted for |r| ≤ ln(2) / 2.
     let mut p = 1.987_569_2e-4f32;
@@ -20,7 +21,9 @@ pub fn exp(x: f32) -> f32 {
     p = p * r + 1.666_666_5e-1;
     p = p * r + 0.5;
     let value = (p * r * r + r) + 1.0;
-    let power = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    // The lowest bits of `rounded` are the integer; a conversion that checks its range would be done one by one.
+    let exponent = rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127);
+    let power = f32::from_bits(exponent << 23);
     if x < -87.3 { 0.0 } else { value * power }
 }
 

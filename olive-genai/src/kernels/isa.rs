@@ -78,17 +78,23 @@ pub fn isa() -> Isa {
 /// Compiles a plain function once for every instruction set and calls the version for the given [`Isa`].
 macro_rules! multiversion {
     ($(#[$meta:meta])* $vis:vis fn $name:ident($isa:ident; $($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $plain:path) => {
+        $crate::kernels::isa::multiversion! {
+            @ $(#[$meta])* $vis fn $name($isa; $($arg: $ty),*) $(-> $ret)? = $plain, $plain
+        }
+    };
+    (@ $(#[$meta:meta])* $vis:vis fn $name:ident($isa:ident; $($arg:ident: $ty:ty),*) $(-> $ret:ty)?
+        = $plain:path, $wide:path) => {
         $(#[$meta])*
         $vis fn $name($isa: $crate::kernels::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2($($arg: $ty),*) $(-> $ret)? {
-                    $plain($($arg),*)
+                    $wide($($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl")]
                 fn avx512($($arg: $ty),*) $(-> $ret)? {
-                    $plain($($arg),*)
+                    $wide($($arg),*)
                 }
                 match $isa {
                     $crate::kernels::Isa::Scalar => $plain($($arg),*),
@@ -107,3 +113,15 @@ macro_rules! multiversion {
     };
 }
 pub(crate) use multiversion;
+
+/// [`multiversion!`] for functions whose last constant says whether products and sums may be fused.
+macro_rules! multiversion_fused {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($isa:ident; $($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?
+        = $plain:ident::<$($constant:literal),*>) => {
+        $crate::kernels::isa::multiversion! {
+            @ $(#[$meta])* $vis fn $name($isa; $($arg: $ty),*) $(-> $ret)?
+                = $plain::<$($constant,)* false>, $plain::<$($constant,)* true>
+        }
+    };
+}
+pub(crate) use multiversion_fused;

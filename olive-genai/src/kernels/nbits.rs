@@ -1,37 +1,40 @@
-//! Products with block-quantized weights (`com.microsoft::MatMulNBits`), read in the packed layout of the file: the
-//! matrix is never unpacked.
+//! Products with block-quantized weights (`com.microsoft::MatMulNBits`). The packed bytes are put into the kernels' order
+//! once; the matrix is never unpacked.
 //!
 //! `y[m, n] = Σ_b s[n, b] · Σ_{k in b} a[m, k] · (q[n, k] − z[n, b])`
+//!
+//! Sixteen output features are a *group*; a vector lane is a feature. Four bytes of a row are a *step*: eight elements
+//! of 4 bits or four of 8 bits. A group holds, for each step, the four bytes of its sixteen features side by side, so
+//! that one load serves all of them and no sum goes across lanes.
+
+mod layout;
 
 use std::ops::Range;
 
 use olive_core::{Error, Result};
 use olive_onnx::ir;
 
-use super::activation::{FloatActivations, LANES, QuantActivations, unit_elements};
+use super::activation::QuantActivations;
+use super::aligned::Aligned;
 use super::isa::{Isa, isa};
-use super::panel::Panel;
+use super::parallel::{self, Columns};
 #[cfg(target_arch = "x86_64")]
 use super::x86_64::{avx2, avx512};
-use super::{dense, parallel, scalar};
+use super::{float_blocks, scalar};
 
-/// Output features that one piece of work holds.
-const PIECE: usize = 64;
-/// From this many rows on, float activations are multiplied with unpacked pieces of `PIECE` features.
-const FLOAT_TILE_ROWS: usize = 8;
-/// From this many rows on, rounded activations are multiplied with unpacked panels.
-const PANEL_ROWS: usize = 8;
-/// Readable bytes that the kernels may load behind the last zero point.
-pub(super) const ZERO_POINT_PADDING: usize = 8;
+/// Output features of a group.
+pub const GROUP: usize = 16;
+/// Groups that one piece of work holds.
+const PIECE_GROUPS: usize = 4;
 
 /// The integer that stands for zero in each block.
 #[derive(Debug, Clone)]
 pub enum ZeroPoints {
     /// The same everywhere: `2^(bits − 1)` where the node has no zero points.
     Constant(u8),
-    /// `[n, blocks]`, one byte each, with a few readable bytes behind them.
+    /// One byte for each block: `[n, blocks]` when a weight is made.
     Bytes(Vec<u8>),
-    /// `[n, blocks]` floats.
+    /// `[n, blocks]` floats when a weight is made.
     Floats(Vec<f32>),
 }
 
@@ -48,12 +51,12 @@ pub struct NBitsWeight {
     pub block: usize,
     /// `ceil(k / block)`.
     pub blocks: usize,
-    /// `[n, blocks, block · bits / 8]`, low nibble first.
-    packed: ir::Tensor,
-    /// `[n, blocks]`.
-    pub scales: Vec<f32>,
-    /// Zero points.
-    pub zero_points: ZeroPoints,
+    /// `[groups, steps, 16, 4]`.
+    pub(super) packed: Aligned<u8>,
+    /// `[groups, blocks, 16]`, zero behind the last feature.
+    pub(super) scales: Aligned<f32>,
+    /// `[groups, blocks, 16]` where they are not constant.
+    pub(super) zero_points: ZeroPoints,
 }
 
 /// How the sizes of a packed weight are given.
@@ -105,7 +108,7 @@ impl NBitsWeight {
         }
         let points = match &zero_points {
             ZeroPoints::Constant(_) => n * blocks,
-            ZeroPoints::Bytes(bytes) => bytes.len().saturating_sub(ZERO_POINT_PADDING),
+            ZeroPoints::Bytes(bytes) => bytes.len(),
             ZeroPoints::Floats(floats) => floats.len(),
         };
         if scales.len() != n * blocks || points != n * blocks {
@@ -116,15 +119,20 @@ impl NBitsWeight {
                 found,
             ));
         }
+        let bytes = packed.borrowed().unwrap_or_default();
         Ok(Self {
             n,
             k,
             bits,
             block,
             blocks,
-            packed,
-            scales,
-            zero_points,
+            packed: layout::interleave_steps(bytes, n),
+            scales: layout::interleave(&scales, n, blocks),
+            zero_points: match zero_points {
+                ZeroPoints::Constant(z) => ZeroPoints::Constant(z),
+                ZeroPoints::Bytes(points) => ZeroPoints::Bytes(layout::interleave(&points, n, blocks).to_vec()),
+                ZeroPoints::Floats(points) => ZeroPoints::Floats(layout::interleave(&points, n, blocks).to_vec()),
+            },
         })
     }
 
@@ -139,7 +147,7 @@ impl NBitsWeight {
             let expected = format!("{} bytes of packed zero points", shape.n * row);
             return Err(Error::tensor(name, expected, bytes.len().to_string()));
         }
-        let mut out = Vec::with_capacity(shape.n * blocks + ZERO_POINT_PADDING);
+        let mut out = Vec::with_capacity(shape.n * blocks);
         for row in bytes.chunks_exact(row) {
             if shape.bits == 4 {
                 out.extend((0..blocks).map(|b| row[b / 2] >> (b % 2 * 4) & 15));
@@ -147,63 +155,62 @@ impl NBitsWeight {
                 out.extend_from_slice(row);
             }
         }
-        out.resize(out.len() + ZERO_POINT_PADDING, 0);
         Ok(ZeroPoints::Bytes(out))
     }
 
-    /// Bytes of a row of packed elements.
-    pub fn row_bytes(&self) -> usize {
-        self.blocks * self.block * self.bits / 8
+    /// Groups of output features.
+    pub(super) fn groups(&self) -> usize {
+        self.n.div_ceil(GROUP)
     }
 
-    /// The packed elements of output feature `n`.
-    pub fn row(&self, n: usize) -> &[u8] {
-        let bytes = self.packed.borrowed().unwrap_or_default();
-        &bytes[n * self.row_bytes()..(n + 1) * self.row_bytes()]
+    /// Steps of a block.
+    pub(super) fn block_steps(&self) -> usize {
+        self.block * self.bits / 32
     }
 
-    /// The scales of output feature `n`.
-    pub fn row_scales(&self, n: usize) -> &[f32] {
-        &self.scales[n * self.blocks..(n + 1) * self.blocks]
+    /// The packed steps of a group.
+    pub(super) fn group_steps(&self, group: usize) -> &[u8] {
+        let bytes = self.blocks * self.block_steps() * 64;
+        &self.packed[group * bytes..(group + 1) * bytes]
+    }
+
+    /// The blocks of a group in `[groups, blocks, 16]`.
+    pub(super) fn group_blocks(&self, group: usize) -> Range<usize> {
+        group * self.blocks * GROUP..(group + 1) * self.blocks * GROUP
+    }
+
+    /// Where the block of a feature is in `[groups, blocks, 16]`.
+    fn place(&self, n: usize, block: usize) -> usize {
+        (n / GROUP * self.blocks + block) * GROUP + n % GROUP
     }
 
     /// The zero point of a block as a float.
     pub fn zero_point(&self, n: usize, block: usize) -> f32 {
         match &self.zero_points {
             ZeroPoints::Constant(z) => f32::from(*z),
-            ZeroPoints::Bytes(bytes) => f32::from(bytes[n * self.blocks + block]),
-            ZeroPoints::Floats(floats) => floats[n * self.blocks + block],
-        }
-    }
-
-    /// The zero point of a block of a weight whose zero points are integers.
-    pub(super) fn integer_zero_point(&self, n: usize, block: usize) -> i32 {
-        match &self.zero_points {
-            ZeroPoints::Constant(z) => i32::from(*z),
-            ZeroPoints::Bytes(bytes) => i32::from(bytes[n * self.blocks + block]),
-            ZeroPoints::Floats(_) => 0,
+            ZeroPoints::Bytes(bytes) => f32::from(bytes[self.place(n, block)]),
+            ZeroPoints::Floats(floats) => floats[self.place(n, block)],
         }
     }
 
     /// Writes the values of output feature `n`.
     pub fn dequantize_row(&self, n: usize, out: &mut [f32]) {
-        let packed = self.row(n);
-        let scales = self.row_scales(n);
-        for (b, out) in out[..self.k].chunks_mut(self.block).enumerate() {
-            let (scale, zero) = (scales[b], self.zero_point(n, b));
-            if self.bits == 4 {
-                let bytes = &packed[b * self.block / 2..];
-                for (i, v) in out.iter_mut().enumerate() {
-                    let q = bytes[i / 2] >> (i % 2 * 4) & 15;
-                    *v = (f32::from(q) - zero) * scale;
-                }
+        let steps = self.group_steps(n / GROUP);
+        for (k, v) in out[..self.k].iter_mut().enumerate() {
+            let at = n % GROUP * 4;
+            let q = if self.bits == 4 {
+                steps[k / 8 * 64 + at + k % 8 / 2] >> (k % 2 * 4) & 15
             } else {
-                let bytes = &packed[b * self.block..];
-                for (v, q) in out.iter_mut().zip(bytes) {
-                    *v = (f32::from(*q) - zero) * scale;
-                }
-            }
+                steps[k / 4 * 64 + at + k % 4]
+            };
+            let block = k / self.block;
+            *v = (f32::from(q) - self.zero_point(n, block)) * self.scales[self.place(n, block)];
         }
+    }
+
+    /// Whether [`NBitsWeight::matmul`] can round activations: not with float zero points.
+    pub fn takes_integers(&self) -> bool {
+        !matches!(self.zero_points, ZeroPoints::Floats(_))
     }
 
     /// `out[m, n] = activations[m, k] · selfᵀ`.
@@ -217,119 +224,45 @@ impl NBitsWeight {
     /// [`NBitsWeight::matmul`] with the given instructions, which the processor must have; others are replaced by the
     /// plain ones.
     pub fn matmul_with(&self, isa: Isa, activations: &[f32], quantize_activations: bool, out: &mut [f32]) {
+        if quantize_activations && self.takes_integers() {
+            let acts = QuantActivations::new(activations, self.k, self.bits, self.block);
+            return self.matmul_quantized(isa, &acts, out);
+        }
         let isa = if isa.is_available() { isa } else { Isa::Scalar };
         let rows = activations.len() / self.k;
-        let integers = quantize_activations && !matches!(self.zero_points, ZeroPoints::Floats(_));
-        let work = rows * self.k * self.n / 4;
+        self.pieces(rows, out, |groups, mut columns| {
+            float_blocks::piece(isa, self, groups, activations, &mut columns);
+        });
+    }
+
+    /// [`NBitsWeight::matmul`] with activations that are rounded already, for the bits and the block size of this
+    /// weight. Every instruction set gives the same bits: a block's products are summed as integers, and blocks are
+    /// added one after the other with one rounding each.
+    pub fn matmul_quantized(&self, isa: Isa, acts: &QuantActivations, out: &mut [f32]) {
+        assert!(
+            (acts.bits, acts.block, acts.blocks) == (self.bits, self.block, self.blocks),
+            "invariant: the activations are rounded for this weight"
+        );
+        let isa = if isa.is_available() { isa } else { Isa::Scalar };
+        self.pieces(acts.rows, out, |groups, mut columns| match isa {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `isa` is available.
+            Isa::Avx512Vnni => unsafe { avx512::integer_piece(self, groups, acts, &mut columns) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx2 => unsafe { avx2::integer_piece(self, groups, acts, &mut columns) },
+            _ => scalar::integer_piece(self, groups, acts, &mut columns),
+        });
+    }
+
+    fn pieces(&self, rows: usize, out: &mut [f32], f: impl Fn(Range<usize>, Columns<'_>) + Sync) {
         if rows == 0 {
             return;
         }
-        let features = |i: usize| i * PIECE..(i * PIECE + PIECE).min(self.n);
-        let out = &mut out[..rows * self.n];
-        if integers {
-            let acts = QuantActivations::new(activations, self.k, self.bits, self.block);
-            parallel::for_columns(out, self.n, PIECE, work, |i, out| {
-                integer_piece(isa, self, features(i), &acts, out);
-            });
-        } else if rows < FLOAT_TILE_ROWS {
-            let acts = FloatActivations::new(activations, self.k, self.bits);
-            parallel::for_columns(out, self.n, PIECE, work, |i, out| {
-                float_piece(isa, self, features(i), &acts, out);
-            });
-        } else {
-            parallel::for_columns(out, self.n, PIECE, work, |i, out| {
-                self.unpacked_piece(features(i), activations, out);
-            });
-        }
-    }
-
-    fn unpacked_piece(&self, features: Range<usize>, activations: &[f32], out: &mut [f32]) {
-        let mut tile = vec![0.0; features.len() * self.k];
-        for (n, row) in features.zip(tile.chunks_exact_mut(self.k)) {
-            self.dequantize_row(n, row);
-        }
-        dense::matmul_transposed(&tile, activations, self.k, out);
-    }
-
-    /// First block and number of blocks of a unit of 64 packed bytes.
-    pub(super) fn unit_blocks(&self, unit: usize) -> Range<usize> {
-        let elements = unit_elements(self.bits);
-        let first = unit * elements / self.block;
-        first..((unit + 1) * elements).div_ceil(self.block).min(self.blocks)
-    }
-
-    /// For each lane of a unit, which of the unit's blocks it lies in.
-    pub(super) fn lane_blocks(&self) -> [i32; LANES] {
-        let lane = unit_elements(self.bits) / LANES;
-        std::array::from_fn(|l| (l * lane / self.block) as i32)
-    }
-}
-
-/// Integer products of some output features with all rows; `out` is `[features, rows]`. Every version gives the same
-/// bits: a unit's 16 lanes are summed apart, with one rounding a unit, and then added up in halves.
-fn integer_piece(
-    isa: Isa,
-    weight: &NBitsWeight,
-    features: Range<usize>,
-    acts: &QuantActivations,
-    out: &mut [f32],
-) {
-    let few = acts.rows < PANEL_ROWS;
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: `NBitsWeight::matmul_with` uses only what the processor has.
-        Isa::Avx512Vnni if few => unsafe { avx512::integer_piece(weight, features, acts, out) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Isa::Avx2 if few => unsafe { avx2::integer_piece(weight, features, acts, out) },
-        _ => panel_pieces(isa, weight, features, acts, out),
-    }
-}
-
-/// [`integer_piece`] a panel at a time.
-fn panel_pieces(
-    isa: Isa,
-    weight: &NBitsWeight,
-    features: Range<usize>,
-    acts: &QuantActivations,
-    out: &mut [f32],
-) {
-    let mut panel = Panel::new(weight, features.len());
-    let step = panel.features;
-    for (first, out) in features
-        .clone()
-        .step_by(step)
-        .zip(out.chunks_mut(step * acts.rows))
-    {
-        panel.unpack(isa, weight, first..(first + step).min(features.end));
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `NBitsWeight::matmul_with` uses only what the processor has.
-            Isa::Avx512Vnni => unsafe { avx512::panel_piece(weight.bits, &panel, acts, out) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Isa::Avx2 => unsafe { avx2::panel_piece(weight.bits, &panel, acts, out) },
-            _ => scalar::panel_piece(weight.bits, &panel, acts, out),
-        }
-    }
-}
-
-/// Float products of some output features with all rows; `out` is `[features, rows]`.
-fn float_piece(
-    isa: Isa,
-    weight: &NBitsWeight,
-    features: Range<usize>,
-    acts: &FloatActivations,
-    out: &mut [f32],
-) {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: `NBitsWeight::matmul_with` uses only what the processor has.
-        Isa::Avx512Vnni => unsafe { avx512::float_piece(weight, features, acts, out) },
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: as above.
-        Isa::Avx2 => unsafe { avx2::float_piece(weight, features, acts, out) },
-        _ => scalar::float_piece(weight, features, acts, out),
+        let work = rows * self.k * self.n / 4;
+        parallel::for_columns(&mut out[..rows * self.n], self.n, PIECE_GROUPS * GROUP, work, |i, columns| {
+            f(i * PIECE_GROUPS..((i + 1) * PIECE_GROUPS).min(self.groups()), columns);
+        });
     }
 }
 

@@ -1,95 +1,59 @@
-//! The plain versions of the block-quantized kernels.
+//! The plain version of the integer kernels.
 
 use std::ops::Range;
 
-use super::activation::{FloatActivations, LANES, QuantActivations, unit_elements};
-use super::nbits::NBitsWeight;
-use super::panel::Panel;
+use super::activation::QuantActivations;
+use super::nbits::{GROUP, NBitsWeight, ZeroPoints};
+use super::parallel::Columns;
 
-/// Integer products of unpacked features with all rows; `out` is `[features, rows]`.
-pub fn panel_piece(bits: usize, panel: &Panel, acts: &QuantActivations, out: &mut [f32]) {
-    for (n, out) in (0..panel.features).zip(out.chunks_exact_mut(acts.rows)) {
-        for (m, out) in out.iter_mut().enumerate() {
-            *out = if bits == 4 {
-                panel_dot::<4>(panel, n, acts, m)
+/// Integer products of some groups of features with all rows.
+pub fn integer_piece(weight: &NBitsWeight, groups: Range<usize>, acts: &QuantActivations, out: &mut Columns<'_>) {
+    for (i, group) in groups.enumerate() {
+        for row in 0..acts.rows {
+            let sums = if weight.bits == 4 {
+                group_dot::<4>(weight, group, acts, row)
             } else {
-                panel_dot::<8>(panel, n, acts, m)
+                group_dot::<8>(weight, group, acts, row)
             };
+            let columns = i * GROUP..(i * GROUP + GROUP).min(out.width());
+            let count = columns.len();
+            out.row(row, columns).copy_from_slice(&sums[..count]);
         }
     }
 }
 
-/// Feature `n` of the panel with row `m`. Loops have fixed lengths, so that the compiler makes vectors of them.
-fn panel_dot<const BITS: usize>(panel: &Panel, n: usize, acts: &QuantActivations, m: usize) -> f32 {
-    let unit = unit_elements(BITS);
-    let mut sums = [0.0f32; LANES];
-    for u in 0..panel.units {
-        let (at, row_at) = (n * panel.units + u, m * acts.units + u);
-        let zeros = &panel.zeros[at * LANES..][..LANES];
-        let scales = &panel.scales[at * LANES..][..LANES];
-        let negative = &acts.negative_sums[row_at * LANES..][..LANES];
-        let row_scales = &acts.scales[row_at * LANES..][..LANES];
-        let mut dots = [0i32; LANES];
-        for l in 0..LANES {
-            dots[l] = negative[l] * zeros[l];
-        }
-        let elements = panel.elements[at * unit..][..unit].as_chunks::<64>().0;
-        let values = acts.values[row_at * unit..][..unit].as_chunks::<64>().0;
-        for (elements, values) in elements.iter().zip(values) {
-            // At most 255 · 127 each, which fits 16 bits.
-            let mut products = [0i16; 64];
-            for i in 0..64 {
-                products[i] = i16::from(elements[i]) * i16::from(values[i]);
+/// The features of a group with a row. Loops have fixed lengths, so that the compiler makes vectors of them.
+fn group_dot<const BITS: usize>(weight: &NBitsWeight, group: usize, acts: &QuantActivations, row: usize) -> [f32; GROUP] {
+    let mut sums = [0.0f32; GROUP];
+    let steps = weight.group_steps(group).as_chunks::<64>().0;
+    let of_group = weight.group_blocks(group);
+    let scales = weight.scales[of_group.clone()].as_chunks::<GROUP>().0;
+    for (b, steps) in steps.chunks_exact(weight.block_steps()).enumerate() {
+        let at = row * acts.blocks + b;
+        let values = &acts.values[at * acts.block..(at + 1) * acts.block];
+        let centre = acts.centres[at];
+        let mut dots = match &weight.zero_points {
+            ZeroPoints::Bytes(points) => {
+                let points = &points[of_group.start + b * GROUP..][..GROUP];
+                std::array::from_fn(|l| (centre >> (BITS - 1)) * i32::from(points[l]))
             }
-            for (dot, four) in dots.iter_mut().zip(products.as_chunks::<4>().0) {
-                *dot += four.iter().map(|p| i32::from(*p)).sum::<i32>();
-            }
-        }
-        for l in 0..LANES {
-            sums[l] = (dots[l] as f32).mul_add(scales[l] * row_scales[l], sums[l]);
-        }
-    }
-    // The order in which vectors add up: halves, until one is left.
-    let mut width = LANES / 2;
-    while width > 0 {
-        for l in 0..width {
-            sums[l] += sums[l + width];
-        }
-        width /= 2;
-    }
-    sums[0]
-}
-
-/// See [`NBitsWeight::matmul`]; `out` is `[features, rows]`.
-pub fn float_piece(weight: &NBitsWeight, features: Range<usize>, acts: &FloatActivations, out: &mut [f32]) {
-    for (n, out) in features.zip(out.chunks_exact_mut(acts.rows)) {
-        for (m, out) in out.iter_mut().enumerate() {
-            *out = float_dot(weight, n, &acts.values[m * acts.width..(m + 1) * acts.width]);
-        }
-    }
-}
-
-fn float_dot(weight: &NBitsWeight, n: usize, values: &[f32]) -> f32 {
-    let (packed, scales) = (weight.row(n), weight.row_scales(n));
-    let block_bytes = weight.block * weight.bits / 8;
-    let mut sum = 0.0;
-    for (b, bytes) in packed.chunks_exact(block_bytes).enumerate() {
-        let zero = weight.zero_point(n, b);
-        let mut dot = 0.0;
-        for (i, byte) in bytes.iter().enumerate() {
-            let at = b * block_bytes + i;
-            if weight.bits == 4 {
-                let even = at / 16 * 32 + at % 16;
-                let Some(pair) = values.get(even..).filter(|v| v.len() > 16) else {
-                    break;
-                };
-                dot += (f32::from(byte & 15) - zero) * pair[0] + (f32::from(byte >> 4) - zero) * pair[16];
-            } else {
-                let Some(value) = values.get(at) else { break };
-                dot += (f32::from(*byte) - zero) * value;
+            _ => [centre; GROUP],
+        };
+        for (step, values) in steps.iter().zip(values.chunks_exact(32 / BITS)) {
+            for (dot, bytes) in dots.iter_mut().zip(step.as_chunks::<4>().0) {
+                for j in 0..4 {
+                    let byte = i32::from(bytes[j]);
+                    if BITS == 4 {
+                        *dot += (byte & 15) * i32::from(values[j]) + (byte >> 4) * i32::from(values[4 + j]);
+                    } else {
+                        *dot += byte * i32::from(values[j]);
+                    }
+                }
             }
         }
-        sum += dot * scales[b];
+        for l in 0..GROUP {
+            sums[l] = (dots[l] as f32).mul_add(scales[b][l] * acts.scales[at], sums[l]);
+        }
     }
-    sum
+    sums
 }

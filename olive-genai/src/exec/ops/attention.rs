@@ -6,7 +6,7 @@ use super::super::cache::LayerShape;
 use super::super::context::{BuildContext, OpContext, Source};
 use super::super::registry::Op;
 use super::super::value::{Tensor, Value};
-use crate::kernels::attention::{AttentionInput, AttentionSpec, attend};
+use crate::kernels::attention::{AttentionInput, AttentionSpec, NewTokens, attend, store};
 use crate::kernels::rope::RotaryTable;
 use crate::kernels::{norm, parallel};
 
@@ -168,17 +168,12 @@ impl GroupQuery {
         };
         let total = rows.iter().map(|(past, new)| past + new).max().unwrap_or(0);
         let (keys, values, capacity) = ctx.state.cache.layer(self.layer, shape, total)?;
-        for (source, target) in [(&x.keys, &mut *keys), (&x.values, &mut *values)] {
-            let heads = source.chunks_exact(x.steps * x.head_size);
-            for (i, (source, target)) in heads
-                .zip(target.chunks_exact_mut(capacity * x.head_size))
-                .enumerate()
-            {
-                let (past, new) = rows[i / self.kv_heads];
-                target[past * x.head_size..][..new * x.head_size]
-                    .copy_from_slice(&source[..new * x.head_size]);
-            }
-        }
+        let new = NewTokens {
+            keys: &x.keys,
+            values: &x.values,
+            steps: x.steps,
+        };
+        store(new, shape, rows, capacity, (&mut *keys, &mut *values));
         let spec = AttentionSpec {
             heads: self.heads,
             kv_heads: self.kv_heads,

@@ -6,7 +6,7 @@ use super::super::context::{BuildContext, OpContext};
 use super::super::registry::Op;
 use super::super::value::{Tensor, Value};
 use crate::kernels::nbits::NBitsShape;
-use crate::kernels::{NBitsWeight, ZeroPoints, dense as product};
+use crate::kernels::{NBitsWeight, ZeroPoints, dense as product, isa};
 
 struct Dense;
 
@@ -64,8 +64,12 @@ impl Op for NBits {
         shape.pop();
         shape.push(self.weight.n);
         let mut out = ctx.buffer(shape.iter().product());
-        let x = ctx.f32(0)?;
-        self.weight.matmul(x.data(), self.quantize_activations, &mut out);
+        if self.quantize_activations {
+            ctx.round_input(self.weight.bits, self.weight.block)?;
+            self.weight.matmul_quantized(isa(), &ctx.state.rounded.values, &mut out);
+        } else {
+            self.weight.matmul(ctx.f32(0)?.data(), false, &mut out);
+        }
         if let Some(Value::F32(bias)) = &self.bias {
             for row in out.chunks_exact_mut(self.weight.n) {
                 row.iter_mut().zip(bias.data()).for_each(|(y, b)| *y += b);
@@ -120,7 +124,7 @@ pub fn n_bits(ctx: &BuildContext<'_>) -> Result<Box<dyn Op>> {
     }
     let scales = floats(2)?.into_vec();
     let weight = NBitsWeight::new(shape, ctx.initializer(1)?.clone(), scales, zero_points)?;
-    let quantize_activations = node.int("accuracy_level")?.unwrap_or(0) == 4;
+    let quantize_activations = node.int("accuracy_level")?.unwrap_or(0) == 4 && weight.takes_integers();
     let bias = bias.map(Value::F32);
     Ok(Box::new(NBits {
         weight,

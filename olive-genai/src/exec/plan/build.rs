@@ -6,7 +6,7 @@ use olive_core::{Error, Result};
 use olive_onnx::ir::{self, Graph, Model, Node, OnnxType};
 
 use super::super::cache::KvCache;
-use super::super::context::{BuildContext, OpContext, Pool, RunState, Source};
+use super::super::context::{BuildContext, OpContext, Pool, Rounded, RunState, Source};
 use super::super::registry::{OLIVE, Op, builder};
 use super::super::rewrite::{branches, count_uses, rewrite};
 use super::super::value::Value;
@@ -304,6 +304,7 @@ impl<'g> Compiler<'g> {
             overrides: &overrides,
             cache: &mut KvCache::new(0, 0, 0),
             pool: &mut Pool::default(),
+            rounded: &mut Rounded::default(),
         };
         let dying = vec![false; inputs.len()];
         let mut ctx = OpContext {

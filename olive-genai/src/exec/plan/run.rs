@@ -48,6 +48,7 @@ impl Plan {
                 found,
             ));
         }
+        workspace.rounded.forget();
         workspace.slots.clear();
         workspace.slots.resize(self.slots, None);
         self.feed(&mut workspace.slots, &past, input);
@@ -64,6 +65,7 @@ impl Plan {
                 overrides,
                 cache,
                 pool: &mut workspace.pool,
+                rounded: &mut workspace.rounded,
             };
             for (i, step) in self.steps.iter().enumerate() {
                 if rows == LogitRows::Last && self.head.is_some_and(|(head, _)| head == i) {
@@ -142,6 +144,7 @@ impl Plan {
             && rows > 1
         {
             let last = last_rows(hidden.data(), new, rows, width);
+            state.rounded.forget();
             let kept = Value::F32(Tensor::new([batch, 1, width], last));
             if let Some(old) = state.slots[slot].replace(kept) {
                 state.pool.give(old);

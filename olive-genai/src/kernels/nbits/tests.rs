@@ -116,10 +116,7 @@ fn the_number_of_threads_does_not_change_a_bit() {
     let weight = random_weight(&mut random, shape, Points::Packed);
     let a: Vec<f32> = (0..3 * 1024).map(|_| random.float()).collect();
     let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap();
+        let pool = super::super::pool::Pool::new(threads).unwrap();
         let mut out = vec![0.0; 3 * 515];
         pool.install(|| weight.matmul(&a, true, &mut out));
         out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()

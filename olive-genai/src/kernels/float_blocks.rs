@@ -1,0 +1,124 @@
+//! Products of packed weights with float activations, for every instruction set.
+
+use std::ops::Range;
+
+use super::isa::{Isa, multiversion_fused};
+use super::nbits::{GROUP, NBitsWeight, ZeroPoints};
+use super::parallel::Columns;
+
+/// Products of some groups of features with all rows.
+pub fn piece(isa: Isa, weight: &NBitsWeight, groups: Range<usize>, values: &[f32], out: &mut Columns<'_>) {
+    let rows = values.len() / weight.k;
+    for (i, group) in groups.enumerate() {
+        let columns = i * GROUP..(i * GROUP + GROUP).min(out.width());
+        let mut row = 0;
+        while row < rows {
+            let count = match rows - row {
+                8.. => 8,
+                4.. => 4,
+                _ => 1,
+            };
+            let of_rows = &values[row * weight.k..(row + count) * weight.k];
+            let mut sums = [[0.0; GROUP]; 8];
+            match (weight.bits, count) {
+                (4, 8) => rows_4_8(isa, weight, group, of_rows, &mut sums),
+                (4, 4) => rows_4_4(isa, weight, group, of_rows, &mut sums),
+                (4, _) => rows_4_1(isa, weight, group, of_rows, &mut sums),
+                (_, 8) => rows_8_8(isa, weight, group, of_rows, &mut sums),
+                (_, 4) => rows_8_4(isa, weight, group, of_rows, &mut sums),
+                _ => rows_8_1(isa, weight, group, of_rows, &mut sums),
+            }
+            for (r, sums) in sums.iter().take(count).enumerate() {
+                out.row(row + r, columns.clone()).copy_from_slice(&sums[..columns.len()]);
+            }
+            row += count;
+        }
+    }
+}
+
+type Sums = [[f32; GROUP]; 8];
+
+multiversion_fused! {
+    fn rows_4_8(isa; weight: &NBitsWeight, group: usize, values: &[f32], out: &mut Sums) = group_rows::<4, 8>
+}
+multiversion_fused! {
+    fn rows_4_4(isa; weight: &NBitsWeight, group: usize, values: &[f32], out: &mut Sums) = group_rows::<4, 4>
+}
+multiversion_fused! {
+    fn rows_4_1(isa; weight: &NBitsWeight, group: usize, values: &[f32], out: &mut Sums) = group_rows::<4, 1>
+}
+multiversion_fused! {
+    fn rows_8_8(isa; weight: &NBitsWeight, group: usize, values: &[f32], out: &mut Sums) = group_rows::<8, 8>
+}
+multiversion_fused! {
+    fn rows_8_4(isa; weight: &NBitsWeight, group: usize, values: &[f32], out: &mut Sums) = group_rows::<8, 4>
+}
+multiversion_fused! {
+    fn rows_8_1(isa; weight: &NBitsWeight, group: usize, values: &[f32], out: &mut Sums) = group_rows::<8, 1>
+}
+
+/// A group's features with `ROWS` rows. Scales are put on the sums of a block.
+#[inline(always)]
+fn group_rows<const BITS: usize, const ROWS: usize, const FUSED: bool>(
+    weight: &NBitsWeight,
+    group: usize,
+    values: &[f32],
+    out: &mut Sums,
+) {
+    let k = weight.k;
+    let rows: [&[f32]; ROWS] = std::array::from_fn(|r| &values[r * k..(r + 1) * k]);
+    let steps = weight.group_steps(group).as_chunks::<64>().0;
+    let of_group = weight.group_blocks(group);
+    let scales = weight.scales[of_group.clone()].as_chunks::<GROUP>().0;
+    let mut sums = [[0.0f32; GROUP]; ROWS];
+    for (b, steps) in steps.chunks_exact(weight.block_steps()).enumerate() {
+        let points = of_group.start + b * GROUP..of_group.start + (b + 1) * GROUP;
+        let zeros: [f32; GROUP] = match &weight.zero_points {
+            ZeroPoints::Constant(z) => [f32::from(*z); GROUP],
+            ZeroPoints::Bytes(bytes) => {
+                let bytes = &bytes[points];
+                std::array::from_fn(|l| f32::from(bytes[l]))
+            }
+            ZeroPoints::Floats(floats) => {
+                let floats = &floats[points];
+                std::array::from_fn(|l| floats[l])
+            }
+        };
+        let mut dots = [[0.0f32; GROUP]; ROWS];
+        for (s, step) in steps.iter().enumerate() {
+            let first = b * weight.block + s * (32 / BITS);
+            let mut words = [0u32; GROUP];
+            for (word, bytes) in words.iter_mut().zip(step.as_chunks::<4>().0) {
+                *word = u32::from_le_bytes(*bytes);
+            }
+            for j in 0..32 / BITS {
+                if first + j >= k {
+                    break;
+                }
+                let mut weights = [0.0f32; GROUP];
+                for l in 0..GROUP {
+                    let q = words[l] >> (j * BITS) & ((1 << BITS) - 1);
+                    weights[l] = q as i32 as f32 - zeros[l];
+                }
+                for r in 0..ROWS {
+                    let v = rows[r][first + j];
+                    for l in 0..GROUP {
+                        dots[r][l] = add_product::<FUSED>(v, weights[l], dots[r][l]);
+                    }
+                }
+            }
+        }
+        for r in 0..ROWS {
+            for l in 0..GROUP {
+                sums[r][l] = add_product::<FUSED>(dots[r][l], scales[b][l], sums[r][l]);
+            }
+        }
+    }
+    out[..ROWS].copy_from_slice(&sums);
+}
+
+/// `a · b + c`, with one rounding where the processor does that as fast.
+#[inline(always)]
+pub fn add_product<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FUSED { a.mul_add(b, c) } else { a * b + c }
+}

@@ -17,7 +17,10 @@ type Failure = Box<dyn std::error::Error>;
 
 /// Seconds that the threads of this process have run.
 fn cpu_seconds() -> f64 {
-    let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let threads = std::fs::read_dir("/proc/self/task")
+        .into_iter()
+        .flatten()
+        .flatten();
     let nanoseconds = threads.filter_map(|thread| {
         let line = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
         line.split(' ').next()?.parse::<f64>().ok()
@@ -27,7 +30,9 @@ fn cpu_seconds() -> f64 {
 
 /// The same pseudo-random ids as `benches/peers/generate.py` makes.
 fn ids(count: usize) -> Vec<u32> {
-    (0..count as u64).map(|i| ((i * 7919 + 17) % 4000 + 100) as u32).collect()
+    (0..count as u64)
+        .map(|i| ((i * 7919 + 17) % 4000 + 100) as u32)
+        .collect()
 }
 
 struct Options {

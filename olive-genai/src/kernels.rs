@@ -4,7 +4,7 @@
 //! number of threads never changes a bit of the result.
 
 pub(crate) mod activation;
-mod aligned;
+pub(crate) mod aligned;
 pub(crate) mod attention;
 pub(crate) mod dense;
 pub(crate) mod exp;

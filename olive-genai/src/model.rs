@@ -45,7 +45,9 @@ impl Model {
         let folder = OnnxFolder::open(path)?;
         let config = GenaiConfig::read(folder.path())?;
         let path = folder.path().to_path_buf();
-        let threads = threads.or(config.threads()).unwrap_or_else(rayon::current_num_threads);
+        let threads = threads
+            .or(config.threads())
+            .unwrap_or_else(rayon::current_num_threads);
         let pool = pool::shared(threads).map_err(Error::stage("threads"))?;
         let plan = pool.install(|| Plan::new(folder.into_model(), &config.graph_names()))?;
         let layers = config.model.decoder.num_hidden_layers;

@@ -2,6 +2,7 @@
 
 use olive_core::{Error, Result};
 
+use crate::kernels::aligned::Aligned;
 use crate::kernels::attention::SLAB;
 
 /// Sizes of a layer's cache.
@@ -17,8 +18,8 @@ pub struct LayerShape {
 struct Layer {
     shape: Option<LayerShape>,
     capacity: usize,
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    keys: Aligned<f32>,
+    values: Aligned<f32>,
 }
 
 /// Keys and values of all layers: keys `[batch, heads, capacity / 16, head_size, 16]`, values
@@ -67,10 +68,11 @@ impl KvCache {
             let Some(shape) = layer.shape else { continue };
             let row = shape.heads * layer.capacity * shape.head_size;
             for data in [&mut layer.keys, &mut layer.values] {
-                *data = sources
-                    .iter()
-                    .flat_map(|s| data[s * row..(s + 1) * row].iter().copied())
-                    .collect();
+                let mut sorted = Aligned::new(data.len());
+                for (place, source) in sorted.chunks_exact_mut(row.max(1)).zip(sources) {
+                    place.copy_from_slice(&data[source * row..(source + 1) * row]);
+                }
+                *data = sorted;
             }
         }
         self.lengths = sources.iter().map(|s| self.lengths[*s]).collect();
@@ -109,7 +111,9 @@ impl KvCache {
         }
         layer.shape = Some(shape);
         if tokens > layer.capacity {
-            let capacity = tokens
+            // Some more than asked for, so that the first token behind a prompt moves nothing; pages that are not
+            // written to take no memory.
+            let capacity = (tokens + tokens / 4)
                 .max(layer.capacity * 2)
                 .max(FIRST_CAPACITY)
                 .min(self.limit.max(tokens))
@@ -117,7 +121,7 @@ impl KvCache {
             let old = layer.capacity * shape.head_size;
             let new = capacity * shape.head_size;
             for data in [&mut layer.keys, &mut layer.values] {
-                let mut grown = vec![0.0; batch * shape.heads * new];
+                let mut grown = Aligned::new(batch * shape.heads * new);
                 if old > 0 {
                     for (from, to) in data.chunks_exact(old).zip(grown.chunks_exact_mut(new)) {
                         to[..old].copy_from_slice(from);

@@ -91,7 +91,10 @@ fn quantize_row<const BITS: usize>(
         let scale = largest_size(values) / 127.0;
         let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
         // Blocks of 32 are the common ones, and a known length makes short vectors of them.
-        let sum = match (<&[f32; 32]>::try_from(values), <&mut [i8; 32]>::try_from(&mut *out)) {
+        let sum = match (
+            <&[f32; 32]>::try_from(values),
+            <&mut [i8; 32]>::try_from(&mut *out),
+        ) {
             (Ok(values), Ok(out)) => round_block(values, out, inverse),
             _ => round_block(values, out, inverse),
         };
@@ -187,7 +190,10 @@ mod tests {
         for (b, block) in values.chunks(16).enumerate() {
             let scale = block.iter().fold(0.0f32, |m, v| m.max(v.abs())) / 127.0;
             assert_eq!(acts.scales[b], scale);
-            let rounded: Vec<i32> = block.iter().map(|v| (v / scale).round_ties_even() as i32).collect();
+            let rounded: Vec<i32> = block
+                .iter()
+                .map(|v| (v / scale).round_ties_even() as i32)
+                .collect();
             assert_eq!(acts.centres[b], -8 * rounded.iter().sum::<i32>());
             for (i, want) in rounded.iter().enumerate() {
                 let at = b * 16 + i / 8 * 8 + i % 2 * 4 + i % 8 / 2;

@@ -121,7 +121,11 @@ pub fn attend(spec: &AttentionSpec, input: &AttentionInput<'_>, out: &mut [f32])
         let (row, unit, tile_start) = (i / tiles / units, i / tiles % units, i % tiles * tile);
         let steps_here = tile_start..(tile_start + tile).min(steps);
         let first = (row * heads + unit * together) * steps + steps_here.start;
-        let count = if together > 1 { together * steps } else { steps_here.len() };
+        let count = if together > 1 {
+            together * steps
+        } else {
+            steps_here.len()
+        };
         let place = first * head_size..(first + count) * head_size;
         // SAFETY: pieces are different queries.
         let out = unsafe { parts.slice(place.clone()) };
@@ -175,9 +179,21 @@ impl Piece<'_> {
             let (start, end) = range(query).unwrap_or((low, low));
             scores[..start - low].fill(0.0);
             scores[end - low..].fill(0.0);
-            soften(isa, self.spec.scale, self.spec.softcap, &mut scores[start - low..end - low]);
+            soften(
+                isa,
+                self.spec.scale,
+                self.spec.softcap,
+                &mut scores[start - low..end - low],
+            );
         }
-        add_values(isa, scores, length, &self.values[low * width..high * width], width, out);
+        add_values(
+            isa,
+            scores,
+            length,
+            &self.values[low * width..high * width],
+            width,
+            out,
+        );
     }
 }
 
@@ -289,7 +305,10 @@ fn soften_plain(scale: f32, softcap: f32, scores: &mut [f32]) {
             most[i] = larger(most[i], part[i]);
         }
     }
-    let largest = most.iter().chain(rest.iter()).fold(f32::NEG_INFINITY, |m, s| larger(m, *s));
+    let largest = most
+        .iter()
+        .chain(rest.iter())
+        .fold(f32::NEG_INFINITY, |m, s| larger(m, *s));
     let mut sums = [0.0f32; WIDTH];
     for part in parts {
         for i in 0..WIDTH {

@@ -29,7 +29,8 @@ pub fn piece(isa: Isa, weight: &NBitsWeight, groups: Range<usize>, values: &[f32
                 _ => rows_8_1(isa, weight, group, of_rows, &mut sums),
             }
             for (r, sums) in sums.iter().take(count).enumerate() {
-                out.row(row + r, columns.clone()).copy_from_slice(&sums[..columns.len()]);
+                out.row(row + r, columns.clone())
+                    .copy_from_slice(&sums[..columns.len()]);
             }
             row += count;
         }

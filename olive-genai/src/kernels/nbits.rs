@@ -130,8 +130,12 @@ impl NBitsWeight {
             scales: layout::interleave(&scales, n, blocks),
             zero_points: match zero_points {
                 ZeroPoints::Constant(z) => ZeroPoints::Constant(z),
-                ZeroPoints::Bytes(points) => ZeroPoints::Bytes(layout::interleave(&points, n, blocks).to_vec()),
-                ZeroPoints::Floats(points) => ZeroPoints::Floats(layout::interleave(&points, n, blocks).to_vec()),
+                ZeroPoints::Bytes(points) => {
+                    ZeroPoints::Bytes(layout::interleave(&points, n, blocks).to_vec())
+                }
+                ZeroPoints::Floats(points) => {
+                    ZeroPoints::Floats(layout::interleave(&points, n, blocks).to_vec())
+                }
             },
         })
     }
@@ -260,9 +264,18 @@ impl NBitsWeight {
             return;
         }
         let work = rows * self.k * self.n / 4;
-        parallel::for_columns(&mut out[..rows * self.n], self.n, PIECE_GROUPS * GROUP, work, |i, columns| {
-            f(i * PIECE_GROUPS..((i + 1) * PIECE_GROUPS).min(self.groups()), columns);
-        });
+        parallel::for_columns(
+            &mut out[..rows * self.n],
+            self.n,
+            PIECE_GROUPS * GROUP,
+            work,
+            |i, columns| {
+                f(
+                    i * PIECE_GROUPS..((i + 1) * PIECE_GROUPS).min(self.groups()),
+                    columns,
+                );
+            },
+        );
     }
 }
 

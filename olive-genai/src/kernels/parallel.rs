@@ -74,7 +74,10 @@ impl Columns<'_> {
     /// Columns `columns` of row `row`, counted from the first of these.
     #[inline(always)]
     pub fn row(&mut self, row: usize, columns: Range<usize>) -> &mut [f32] {
-        assert!(columns.start <= columns.end && columns.end <= self.width, "invariant: the columns are these");
+        assert!(
+            columns.start <= columns.end && columns.end <= self.width,
+            "invariant: the columns are these"
+        );
         let start = row * self.stride + self.first;
         // SAFETY: no other piece has these columns, and `self` is borrowed exclusively.
         unsafe { self.parts.slice(start + columns.start..start + columns.end) }
@@ -105,10 +108,16 @@ impl<'a, T> Parts<'a, T> {
     ///
     /// # Safety
     /// No other part in use overlaps it.
-    #[expect(clippy::mut_from_ref, reason = "the caller promises that parts do not overlap")]
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "the caller promises that parts do not overlap"
+    )]
     #[inline(always)]
     pub unsafe fn slice(&self, range: Range<usize>) -> &mut [T] {
-        assert!(range.start <= range.end && range.end <= self.len, "invariant: the part is in the slice");
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "invariant: the part is in the slice"
+        );
         // SAFETY: the range is in the slice, which is borrowed exclusively; the rest is the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
@@ -135,14 +144,18 @@ mod tests {
                 "{rows} {columns} {width}"
             );
         }
-        for_columns(&mut [], 3, 2, 0, |_, mut block| assert!(block.row(0, 0..0).is_empty()));
+        for_columns(&mut [], 3, 2, 0, |_, mut block| {
+            assert!(block.row(0, 0..0).is_empty())
+        });
     }
 
     #[test]
     fn pieces_cover_everything_once() {
         for len in [0, 1, 7, 8, 9, 100] {
             let mut out = vec![0usize; len];
-            for_pieces(&mut out, 8, 1 << 20, |i, part| part.iter_mut().enumerate().for_each(|(j, v)| *v += i * 8 + j + 1));
+            for_pieces(&mut out, 8, 1 << 20, |i, part| {
+                part.iter_mut().enumerate().for_each(|(j, v)| *v += i * 8 + j + 1)
+            });
             assert!(out.iter().enumerate().all(|(i, v)| *v == i + 1));
         }
     }

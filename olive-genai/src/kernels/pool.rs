@@ -266,7 +266,10 @@ mod tests {
                     for_each(pieces, |i| {
                         done[i].fetch_add(1, Ordering::Relaxed);
                     });
-                    assert!(done.iter().all(|n| n.load(Ordering::Relaxed) == 1), "{threads} {round}");
+                    assert!(
+                        done.iter().all(|n| n.load(Ordering::Relaxed) == 1),
+                        "{threads} {round}"
+                    );
                     if round % 500 == 0 {
                         thread::sleep(2 * AWAKE);
                     }
@@ -284,9 +287,11 @@ mod tests {
                 scope.spawn(|| {
                     pool.install(|| {
                         for _ in 0..200 {
-                            for_each(5, |_| for_each(3, |_| {
-                                total.fetch_add(1, Ordering::Relaxed);
-                            }));
+                            for_each(5, |_| {
+                                for_each(3, |_| {
+                                    total.fetch_add(1, Ordering::Relaxed);
+                                })
+                            });
                         }
                     });
                 });

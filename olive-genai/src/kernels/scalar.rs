@@ -7,7 +7,12 @@ use super::nbits::{GROUP, NBitsWeight, ZeroPoints};
 use super::parallel::Columns;
 
 /// Integer products of some groups of features with all rows.
-pub fn integer_piece(weight: &NBitsWeight, groups: Range<usize>, acts: &QuantActivations, out: &mut Columns<'_>) {
+pub fn integer_piece(
+    weight: &NBitsWeight,
+    groups: Range<usize>,
+    acts: &QuantActivations,
+    out: &mut Columns<'_>,
+) {
     for (i, group) in groups.enumerate() {
         for row in 0..acts.rows {
             let sums = if weight.bits == 4 {
@@ -23,7 +28,12 @@ pub fn integer_piece(weight: &NBitsWeight, groups: Range<usize>, acts: &QuantAct
 }
 
 /// The features of a group with a row. Loops have fixed lengths, so that the compiler makes vectors of them.
-fn group_dot<const BITS: usize>(weight: &NBitsWeight, group: usize, acts: &QuantActivations, row: usize) -> [f32; GROUP] {
+fn group_dot<const BITS: usize>(
+    weight: &NBitsWeight,
+    group: usize,
+    acts: &QuantActivations,
+    row: usize,
+) -> [f32; GROUP] {
     let mut sums = [0.0f32; GROUP];
     let steps = weight.group_steps(group).as_chunks::<64>().0;
     let of_group = weight.group_blocks(group);

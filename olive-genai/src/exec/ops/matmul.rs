@@ -66,7 +66,8 @@ impl Op for NBits {
         let mut out = ctx.buffer(shape.iter().product());
         if self.quantize_activations {
             ctx.round_input(self.weight.bits, self.weight.block)?;
-            self.weight.matmul_quantized(isa(), &ctx.state.rounded.values, &mut out);
+            self.weight
+                .matmul_quantized(isa(), &ctx.state.rounded.values, &mut out);
         } else {
             self.weight.matmul(ctx.f32(0)?.data(), false, &mut out);
         }

@@ -59,7 +59,12 @@ impl Part<'_> {
     /// The features with `ROWS` rows from `row` on, to the columns from `start` on; gives `ROWS`.
     #[target_feature(enable = "avx2,fma")]
     #[inline]
-    fn tile<const BITS: usize, const ROWS: usize>(&self, row: usize, start: usize, out: &mut Columns<'_>) -> usize {
+    fn tile<const BITS: usize, const ROWS: usize>(
+        &self,
+        row: usize,
+        start: usize,
+        out: &mut Columns<'_>,
+    ) -> usize {
         let (weight, acts) = (self.weight, self.acts);
         let (blocks, steps) = (weight.blocks, weight.block_steps());
         assert!(

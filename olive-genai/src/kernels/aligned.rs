@@ -90,7 +90,7 @@ impl<T: Pod> Aligned<T> {
     /// together.
     pub fn lasting(len: usize) -> Self {
         let bytes = (len * size_of::<T>()).next_multiple_of(LINE);
-        if bytes < 4 * LINE || bytes > CHUNK / 2 || align_of::<T>() > LINE {
+        if !(4 * LINE..=CHUNK / 2).contains(&bytes) || align_of::<T>() > LINE {
             return Self::new(len);
         }
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -148,7 +148,9 @@ impl<T: Pod> DerefMut for Aligned<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         match &mut self.values {
             Values::Owned(values) => &mut values[self.start..self.start + self.len],
-            Values::Map(map) => &mut bytemuck::cast_slice_mut(&mut map[..self.len * size_of::<T>()])[..self.len],
+            Values::Map(map) => {
+                &mut bytemuck::cast_slice_mut(&mut map[..self.len * size_of::<T>()])[..self.len]
+            }
             // SAFETY: as in `deref`; the buffer is borrowed exclusively.
             Values::Shared(chunk) => unsafe {
                 std::slice::from_raw_parts_mut(chunk.start.cast::<T>().add(self.start), self.len)

@@ -42,6 +42,9 @@ pub fn for_columns(
         rows * columns == out.len() && width > 0,
         "invariant: the matrix has whole rows"
     );
+    if rows == 0 {
+        return;
+    }
     let parts = Parts::new(out);
     for_each(columns.div_ceil(width), work, |i| {
         let first = i * width;

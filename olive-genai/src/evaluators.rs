@@ -6,8 +6,8 @@
 //! | | `accuracy_score` | a data config without | share of the tokens that the model would have chosen |
 //! | | `exact_match` | either | share of the rows whose answer (without `label_cols`: whose text) greedy decoding gives |
 //! | | `perplexity` | either | over the samples of the data config |
-//! | `latency` | `avg`, `max`, `min`, `p50` … `p999` | ONNX folders | milliseconds from a sample to its last token's logits |
-//! | `throughput` | the same | ONNX folders | samples a second |
+//! | `latency` | `avg`, `max`, `min`, `p50` … `p999` | every model | milliseconds from a sample to its last token's logits; a checkpoint's include reading its weights |
+//! | `throughput` | the same | every model | samples a second |
 //! | `size_on_disk` | `bytes` | every model | the files of the model and its adapter |
 //! | tasks | named by the task | local files | multiple choice, see [`tasks`] |
 //!
@@ -54,7 +54,7 @@ use olive_core::workflow::registry::EvaluatorRegistry;
 pub fn register_evaluators(registry: &mut EvaluatorRegistry, hugging_face: Arc<dyn Scorer>) {
     let scorers = Scorers::new(hugging_face);
     registry.register(Box::new(Accuracy::new(scorers.clone())));
-    registry.register(Box::new(tasks::TaskEvaluator::new(scorers)));
-    registry.register(Box::new(LatencyEvaluator));
-    registry.register(Box::new(ThroughputEvaluator));
+    registry.register(Box::new(tasks::TaskEvaluator::new(scorers.clone())));
+    registry.register(Box::new(LatencyEvaluator(scorers.clone())));
+    registry.register(Box::new(ThroughputEvaluator(scorers)));
 }

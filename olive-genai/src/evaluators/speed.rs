@@ -2,14 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use olive_core::data::DEFAULT_CALIBRATION_TEXT;
+use olive_core::data::{DEFAULT_CALIBRATION_TEXT, IGNORED_LABEL, Sample};
 use olive_core::text::TextTokenizer;
 use olive_core::workflow::data::TextData;
 use olive_core::workflow::registry::{EvalContext, Evaluator, Measured};
 use olive_core::workflow::schema::{MetricSpec, SubType};
-use olive_core::{Error, ModelHandle, ModelKind, Result};
+use olive_core::{Error, ModelHandle, ModelKind, NoProgress, Result};
 use serde_json::Value;
 
+use super::score::{Scorer, Scorers};
 use crate::generator::Generator;
 use crate::model::Model;
 use crate::params::GeneratorParams;
@@ -19,13 +20,12 @@ const DEFAULT_TOKENS: usize = 64;
 /// Olive's defaults of `warmup_num` and `repeat_test_num`.
 const RUNS: (usize, usize) = (10, 20);
 
-/// Milliseconds from a sample to the logits of its last token.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct LatencyEvaluator;
+/// Milliseconds from a sample to the logits of its last token. A checkpoint is streamed, a layer at a time, so that
+/// its time includes reading the weights.
+pub struct LatencyEvaluator(pub(super) Scorers);
 
 /// Samples a second.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct ThroughputEvaluator;
+pub struct ThroughputEvaluator(pub(super) Scorers);
 
 impl Evaluator for LatencyEvaluator {
     fn metric(&self) -> &'static str {
@@ -38,7 +38,7 @@ impl Evaluator for LatencyEvaluator {
         metric: &MetricSpec,
         context: &EvalContext<'_>,
     ) -> Result<Vec<Measured>> {
-        measure(model, metric, context, |seconds| seconds * 1e3)
+        measure(&self.0, model, metric, context, |seconds| seconds * 1e3)
     }
 }
 
@@ -53,31 +53,37 @@ impl Evaluator for ThroughputEvaluator {
         metric: &MetricSpec,
         context: &EvalContext<'_>,
     ) -> Result<Vec<Measured>> {
-        measure(model, metric, context, |seconds| 1.0 / seconds.max(1e-9))
+        measure(&self.0, model, metric, context, |seconds| 1.0 / seconds.max(1e-9))
     }
 }
 
 fn measure(
+    scorers: &Scorers,
     model: &dyn ModelHandle,
     metric: &MetricSpec,
     context: &EvalContext<'_>,
     value: impl Fn(f64) -> f64,
 ) -> Result<Vec<Measured>> {
-    if model.kind() != ModelKind::Onnx {
-        return Err(Error::unsupported(
-            format!("`{}` of a Hugging Face model", metric.kind),
-            "checkpoints are streamed, a layer at a time; the time of an ONNX model is measured",
-        ));
-    }
-    let loaded = Model::open(model.path())?;
-    let samples = samples(model, &loaded, context)?;
+    let loaded = match model.kind() {
+        ModelKind::Onnx => Some(Model::open(model.path())?),
+        ModelKind::HuggingFace => None,
+    };
+    let longest = match &loaded {
+        Some(loaded) => loaded.config().model.context_length,
+        None => model.spec().max_position,
+    };
+    let samples = samples(model, longest, context)?;
+    let forward = |ids: &[u32]| match &loaded {
+        Some(loaded) => forward(loaded, ids),
+        None => stream(scorers, model, ids, context),
+    };
     let mut runs: Option<(Runs, Vec<f64>)> = None;
     let mut measured = Vec::new();
     for sub in &metric.sub_types {
         let wanted = Runs::of(sub)?;
         let values = match runs.take() {
             Some((done, values)) if done == wanted => values,
-            _ => time(&loaded, &samples, wanted, context)?
+            _ => time(&samples, wanted, context, forward)?
                 .into_iter()
                 .map(&value)
                 .collect(),
@@ -121,13 +127,13 @@ impl Runs {
 }
 
 /// Token ids to run: the samples of the data config, or one of the built-in text.
-fn samples(model: &dyn ModelHandle, loaded: &Model, context: &EvalContext<'_>) -> Result<Vec<Vec<u32>>> {
+fn samples(model: &dyn ModelHandle, longest: usize, context: &EvalContext<'_>) -> Result<Vec<Vec<u32>>> {
     let tokenizer = TextTokenizer::open(model.path())?;
     let made_up = |data: &olive_core::workflow::schema::DataConfig| {
         let kind = data.kind.as_deref().unwrap_or_default().to_ascii_lowercase();
         kind.contains("dummy")
     };
-    let limit = loaded.config().model.context_length.max(2) - 1;
+    let limit = longest.max(3) - 1;
     match context.data {
         Some(data) if !made_up(data) => {
             let samples = TextData::read(&data.to_value())?.samples(&tokenizer)?;
@@ -150,25 +156,45 @@ fn samples(model: &dyn ModelHandle, loaded: &Model, context: &EvalContext<'_>) -
     }
 }
 
-/// Seconds of each counted run, all samples in turn.
-fn time(loaded: &Model, samples: &[Vec<u32>], runs: Runs, context: &EvalContext<'_>) -> Result<Vec<f64>> {
+/// Runs an ONNX model over a sample, up to the logits of the last token.
+fn forward(loaded: &Model, ids: &[u32]) -> Result<f64> {
     let mut params = GeneratorParams::new(loaded);
     let options = params.options_mut();
     options.do_sample = false;
     options.batch_size = 1;
     options.num_beams = 1;
     options.num_return_sequences = 1;
+    options.max_length = ids.len() + 1;
+    let mut generator = Generator::new(loaded, &params)?;
+    let start = Instant::now();
+    generator.append_tokens(ids)?;
+    generator.get_logits()?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
+/// Runs a checkpoint over a sample; only the last token is predicted.
+fn stream(scorers: &Scorers, model: &dyn ModelHandle, ids: &[u32], context: &EvalContext<'_>) -> Result<f64> {
+    let mut sample = Sample::from_ids(ids.to_vec());
+    let last = ids.len().saturating_sub(1);
+    sample.labels[..last].fill(IGNORED_LABEL);
+    let start = Instant::now();
+    scorers.score(model, &[sample], &NoProgress, context.cancel)?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
+/// Seconds of each counted run, all samples in turn.
+fn time(
+    samples: &[Vec<u32>],
+    runs: Runs,
+    context: &EvalContext<'_>,
+    mut forward: impl FnMut(&[u32]) -> Result<f64>,
+) -> Result<Vec<f64>> {
     let total = runs.warm + runs.counted;
     context.progress.start("latency", total as u64);
     let mut seconds = Vec::with_capacity(runs.counted);
     for (run, ids) in samples.iter().cycle().take(total).enumerate() {
         context.cancel.check()?;
-        params.options_mut().max_length = ids.len() + 1;
-        let mut generator = Generator::new(loaded, &params)?;
-        let start = Instant::now();
-        generator.append_tokens(ids)?;
-        generator.get_logits()?;
-        let taken = start.elapsed().as_secs_f64();
+        let taken = forward(ids)?;
         if run >= runs.warm {
             seconds.push(taken);
         }

@@ -15,7 +15,7 @@ use olive_genai::OrtSessionParamsTuning;
 use olive_onnx::OnnxModel;
 use olive_onnx::model::find_graph;
 use olive_onnx::passes::CaptureSplitInfo;
-use olive_quant::{AutoAwqQuantizer, CalibrationSet, Rtn};
+use olive_quant::{CalibrationProvider, CalibrationSet};
 use serde_json::Value;
 
 use self::graph_folder::GraphFolder;
@@ -29,8 +29,8 @@ pub const DEFAULT_SEQUENCE_LENGTH: usize = 512;
 /// All passes. `memory` is that of the device which models are split for, in bytes.
 pub fn passes(memory: Option<u64>) -> PassRegistry {
     let mut registry = PassRegistry::new();
-    registry.register(Box::new(AutoAwqQuantizer::new(Arc::new(calibration))));
-    registry.register(Box::new(Rtn));
+    let calibrate: CalibrationProvider = Arc::new(calibration);
+    olive_quant::register_passes(&mut registry, &calibrate);
     olive_lora::register_passes(&mut registry, Arc::new(samples));
     olive_onnx::passes::register_passes(&mut registry);
     registry.register(Box::new(CaptureSplitInfo { memory }));

@@ -89,8 +89,8 @@ fn wrong_command_lines_exit_with_two_and_name_the_nearest() {
         (&["generate", "-m", "m"], &["--prompt"]),
         (&["finetune", "-m", "m"], &["--data_name"]),
         (
-            &["quantize", "-m", "m", "--algorithm", "gptq"],
-            &["--algorithm", "awq or rtn"],
+            &["quantize", "-m", "m", "--algorithm", "quarot"],
+            &["--algorithm", "awq, gptq, kquant or rtn"],
         ),
         (&["auto-opt", "-m", "m", "--device", "tpu"], &["--device", "cpu"]),
         (&["auto-opt", "--use_ort_genai"], &["--model_name_or_path"]),
@@ -188,7 +188,7 @@ fn broken_weights_are_refused_before_anything_is_written() {
     let end = broken.len();
     broken[end - 2..].copy_from_slice(&[0xc0, 0x7f]);
     std::fs::write(&weights, &broken).unwrap();
-    for algorithm in ["rtn", "awq"] {
+    for algorithm in ["rtn", "kquant", "gptq", "awq"] {
         let words = [
             "quantize",
             "-m",
@@ -387,22 +387,82 @@ fn a_built_folder_answers_as_text_and_as_json() {
 #[test]
 fn a_dry_run_writes_the_workflow_and_nothing_else() {
     let out = tempfile::tempdir().unwrap();
-    let output = out.path().join("awq");
-    let words = [
-        "quantize",
-        "-m",
-        "org/model",
-        "--algorithm",
-        "awq",
-        "-o",
-        text(&output),
-        "--dry_run",
-    ];
-    succeeds(&words);
-    assert_eq!(files(&output), [output.join("config.json")]);
-    let config: Value = serde_json::from_slice(&std::fs::read(output.join("config.json")).unwrap()).unwrap();
-    assert_eq!(config["passes"]["quantize"]["type"], "AutoAWQQuantizer");
-    assert_eq!(config["input_model"]["model_path"], "org/model");
+    for (algorithm, pass) in [
+        ("awq", "AutoAWQQuantizer"),
+        ("gptq", "Gptq"),
+        ("kquant", "KQuant"),
+        ("rtn", "Rtn"),
+    ] {
+        let output = out.path().join(algorithm);
+        let words = [
+            "quantize",
+            "-m",
+            "org/model",
+            "--algorithm",
+            algorithm,
+            "-o",
+            text(&output),
+            "--dry_run",
+        ];
+        succeeds(&words);
+        assert_eq!(files(&output), [output.join("config.json")]);
+        let config: Value =
+            serde_json::from_slice(&std::fs::read(output.join("config.json")).unwrap()).unwrap();
+        assert_eq!(config["passes"]["quantize"]["type"], pass);
+        assert_eq!(config["input_model"]["model_path"], "org/model");
+    }
+}
+
+#[test]
+fn every_algorithm_leaves_a_model_that_evaluates() {
+    let out = tempfile::tempdir().unwrap();
+    let model = copy_of_tiny(out.path());
+    let data = repository().join("fixtures/calibration-public-domain.txt");
+    let loss = |model: &Path| -> f64 {
+        let words = [
+            "evaluate",
+            "-m",
+            text(model),
+            "--data_files",
+            text(&data),
+            "--block_size",
+            "128",
+        ];
+        let words = [&words[..], &["--max_blocks", "2", "--json"]].concat();
+        let report: Value = serde_json::from_str(&succeeds(&words)).unwrap();
+        report["perplexity"].as_f64().unwrap().ln()
+    };
+    let dense = loss(&model);
+    for (algorithm, precision) in [
+        ("gptq", "int4"),
+        ("kquant", "int8"),
+        ("rtn", "int8"),
+        ("rtn", "int4"),
+    ] {
+        let output = out.path().join(format!("{algorithm}-{precision}"));
+        let words = [
+            "quantize",
+            "-m",
+            text(&model),
+            "-o",
+            text(&output),
+            "--algorithm",
+            algorithm,
+            "--precision",
+            precision,
+            "--max_samples",
+            "2",
+            "--max_seq_len",
+            "64",
+        ];
+        succeeds(&words);
+        let found = loss(&output);
+        let most = if precision == "int8" { 0.01 } else { 0.2 };
+        assert!(
+            (found - dense).abs() < most,
+            "{algorithm} {precision}: {found} {dense}"
+        );
+    }
 }
 
 #[test]

@@ -201,8 +201,10 @@ pub(crate) fn packed_parts(
     let (required, optional): (Vec<&str>, &[&str]) = match method {
         Method::Awq => (vec!["qweight", "qzeros", "scales"], &[]),
         Method::Gptq(_) => (vec!["qweight", "qzeros", "scales"], &["g_idx"]),
-        Method::Olive if zeros => (olive::PARTS.to_vec(), &[]),
-        Method::Olive => (olive::PARTS[..2].to_vec(), &[]),
+        Method::Olive => {
+            let parts = olive::stored_parts(source, module);
+            (parts[..if zeros { 3 } else { 2 }].to_vec(), &[])
+        }
         Method::CompressedTensors => {
             let zeros = zeros.then_some("weight_zero_point");
             let parts = ["weight_packed", "weight_scale", "weight_shape"];

@@ -1,5 +1,6 @@
-//! Weight quantization of Hugging Face checkpoints to 4 bits: activation-aware (AWQ) and round to nearest, streamed a
-//! layer at a time, resumable, written as an AutoAWQ `gemm` checkpoint.
+//! Weight quantization of Hugging Face checkpoints, streamed a layer at a time, resumable: activation-aware (AWQ) to 4
+//! bits in AutoAWQ's `gemm` layout; round to nearest, k-quant and GPTQ to 4 or 8 bits in Olive's layout
+//! ([`olive_layout`]).
 //!
 //! ```no_run
 //! use olive_core::{CancelToken, HfModel, NoProgress};
@@ -19,6 +20,7 @@ pub mod calibration;
 pub mod encode;
 pub mod kernels;
 pub mod layer;
+pub mod olive_layout;
 pub mod options;
 pub mod output;
 pub mod pass;
@@ -29,8 +31,11 @@ mod run;
 pub mod work;
 
 pub use calibration::CalibrationSet;
+pub use olive_layout::{
+    Gptq, KQuant, Rounding, Rtn, SelectiveMixedPrecision, UniformOptions, UniformReport, quantize_uniform,
+};
 pub use options::{Algorithm, QuantizeOptions, Search};
-pub use pass::{AutoAwqQuantizer, CalibrationProvider, Rtn};
+pub use pass::{AutoAwqQuantizer, CalibrationProvider, register_passes};
 pub use preflight::{Preflight, preflight};
 pub use report::{LayerReport, LinearReport, MappingReport, QuantizeReport, Totals};
 pub use run::{quantize, quantize_on};

@@ -4,12 +4,13 @@ use std::path::Path;
 
 use olive_core::model::ModelConfigFile;
 use olive_core::{CheckpointWriter, Error, ModelHandle, Result, TensorSource, fsio, model};
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::encode;
 use crate::options::QuantizeOptions;
 use crate::report::{QuantizeReport, REPORT_FILE};
-use crate::work::{WorkFolder, remove_dir};
+use crate::work::{WORK_FOLDER, WorkFolder, remove_dir};
 
 /// The model's folder inside the output folder.
 pub const MODEL_FOLDER: &str = "model";
@@ -53,16 +54,55 @@ pub fn assemble(
             fsio::write(&target, &fsio::read(&file)?)?;
         }
     }
-    let target = output.join(MODEL_FOLDER);
-    let replaced = work.path("replaced");
-    remove_dir(&replaced)?;
-    if target.exists() {
-        fsio::rename(&target, &replaced)?;
-    }
-    fsio::rename(&staging, &target)?;
+    place(work, &staging, output, report, None)
+}
+
+/// Puts the finished folder `staging` of `work` in place of an earlier one, with the report and what passes have
+/// written down about the model; the work folder is gone then.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(crate) fn place(
+    work: &WorkFolder,
+    staging: &Path,
+    output: &Path,
+    report: &impl Serialize,
+    attributes: Option<Value>,
+) -> Result<()> {
+    swap(&work.path("replaced"), staging, output)?;
     fsio::write_json(output.join(REPORT_FILE), report, 2)?;
-    model_config().write(output)?;
+    model_config(attributes).write(output)?;
     work.clear()
+}
+
+/// As [`place`], for a folder that `fill` makes in one go, without a report.
+///
+/// # Errors
+/// [`Error::Io`]; those of `fill`.
+pub(crate) fn place_folder(
+    output: &Path,
+    attributes: Option<Value>,
+    fill: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    let root = output.join(WORK_FOLDER);
+    remove_dir(&root)?;
+    let staging = root.join("result");
+    fsio::create_dir(&staging)?;
+    let placed = fill(&staging).and_then(|()| {
+        swap(&root.join("replaced"), &staging, output)?;
+        model_config(attributes).write(output)
+    });
+    let cleared = remove_dir(&root);
+    placed.and(cleared)
+}
+
+fn swap(replaced: &Path, staging: &Path, output: &Path) -> Result<()> {
+    let target = output.join(MODEL_FOLDER);
+    remove_dir(replaced)?;
+    if target.exists() {
+        fsio::rename(&target, replaced)?;
+    }
+    fsio::rename(staging, &target)
 }
 
 fn write_checkpoint(
@@ -107,7 +147,8 @@ fn quantized_config(config: &Map<String, Value>, options: &QuantizeOptions) -> M
     config
 }
 
-fn model_config() -> ModelConfigFile {
+/// `model_config.json` of a Hugging Face model in `model/`.
+pub(crate) fn model_config(attributes: Option<Value>) -> ModelConfigFile {
     let config = json!({
         "model_path": MODEL_FOLDER,
         "task": "text-generation-with-past",
@@ -121,7 +162,7 @@ fn model_config() -> ModelConfigFile {
             "extra_args": {},
         },
         "generative": true,
-        "model_attributes": null,
+        "model_attributes": attributes,
         "io_config": null,
     });
     ModelConfigFile {

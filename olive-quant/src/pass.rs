@@ -1,13 +1,15 @@
-//! The passes `AutoAWQQuantizer` and `Rtn`, with Olive's parameters.
+//! The pass `AutoAWQQuantizer` with Olive's parameters, and the registration of all passes of this crate.
 
 use std::sync::Arc;
 
+use olive_core::workflow::registry::PassRegistry;
 use olive_core::{
     Error, HfModel, ModelHandle, ModelKind, ParamKind, ParamSpec, Pass, PassConfig, PassContext, Result,
 };
 use serde_json::Value;
 
 use crate::calibration::CalibrationSet;
+use crate::olive_layout::{Gptq, KQuant, Rtn, SelectiveMixedPrecision};
 use crate::options::QuantizeOptions;
 use crate::preflight::check_model;
 use crate::run::quantize;
@@ -95,64 +97,6 @@ const AWQ_PARAMS: &[ParamSpec] = &[
     ),
 ];
 
-const RTN_PARAMS: &[ParamSpec] = &[
-    ParamSpec {
-        search: &["4"],
-        ..param("bits", ParamKind::OneOfInt(&[4]), Some("4"), "Bits of a weight.")
-    },
-    ParamSpec {
-        search: &["-1", "16", "32", "64", "128"],
-        ..param(
-            "group_size",
-            ParamKind::Int,
-            Some("128"),
-            "Inputs that share a scale; -1 for a whole row.",
-        )
-    },
-    param(
-        "sym",
-        ParamKind::Bool,
-        Some("false"),
-        "Whether groups have no zero point; the layout wants one.",
-    ),
-    param(
-        "lm_head",
-        ParamKind::Bool,
-        Some("false"),
-        "Whether the head is quantized; not supported.",
-    ),
-    param(
-        "quantize_vision",
-        ParamKind::Bool,
-        Some("false"),
-        "Whether a vision tower is quantized; not supported.",
-    ),
-    param(
-        "embeds",
-        ParamKind::Bool,
-        Some("false"),
-        "Whether the embedding is quantized; not supported.",
-    ),
-    param(
-        "moe",
-        ParamKind::Bool,
-        Some("false"),
-        "Whether experts are quantized; there are none.",
-    ),
-    param(
-        "modules_to_not_convert",
-        ParamKind::TextList,
-        Some("[]"),
-        "Linears whose name contains one of these stay in half precision.",
-    ),
-    param(
-        "overrides",
-        ParamKind::Object,
-        Some("null"),
-        "Settings by module; not supported.",
-    ),
-];
-
 /// Refuses a parameter that is set to anything but its harmless value.
 fn refuse_set(config: &PassConfig, origin: &str, names: &[&str]) -> Result<()> {
     for name in names {
@@ -194,23 +138,6 @@ fn flag(config: &PassConfig, name: &str, default: bool) -> bool {
         .get(name)
         .and_then(Value::as_bool)
         .unwrap_or(default)
-}
-
-fn run_pass(
-    model: &dyn ModelHandle,
-    calibration: &CalibrationSet,
-    options: &QuantizeOptions,
-    context: &PassContext<'_>,
-) -> Result<Arc<dyn ModelHandle>> {
-    quantize(
-        model,
-        calibration,
-        options,
-        context.output,
-        context.progress,
-        context.cancel,
-    )?;
-    Ok(Arc::new(HfModel::open(context.output)?))
 }
 
 /// Olive's `AutoAWQQuantizer`.
@@ -273,60 +200,24 @@ impl Pass for AutoAwqQuantizer {
             .get("data_config")
             .filter(|value| !value.is_null());
         let calibration = (self.calibration)(model, data)?;
-        run_pass(model, &calibration, &options, context)
-    }
-}
-
-/// Olive's `Rtn`, to the 4-bit `gemm` layout.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Rtn;
-
-impl Rtn {
-    fn options(config: &PassConfig) -> Result<QuantizeOptions> {
-        let origin = "pass `Rtn`";
-        refuse_set(
-            config,
-            origin,
-            &["sym", "lm_head", "quantize_vision", "embeds", "moe", "overrides"],
-        )?;
-        let options = QuantizeOptions {
-            group_size: integer(config, "group_size", 128),
-            modules_to_not_convert: texts(config, "modules_to_not_convert"),
-            ..QuantizeOptions::rtn()
-        };
-        options.check()?;
-        Ok(options)
-    }
-}
-
-impl Pass for Rtn {
-    fn name(&self) -> &'static str {
-        "Rtn"
-    }
-
-    fn params(&self) -> &'static [ParamSpec] {
-        RTN_PARAMS
-    }
-
-    fn transforms(&self) -> (ModelKind, ModelKind) {
-        (ModelKind::HuggingFace, ModelKind::HuggingFace)
-    }
-
-    fn check(&self, model: &dyn ModelHandle, config: &PassConfig) -> Result<()> {
-        check_model(model, &Self::options(config)?)
-    }
-
-    fn run(
-        &self,
-        model: &dyn ModelHandle,
-        config: &PassConfig,
-        context: &PassContext<'_>,
-    ) -> Result<Arc<dyn ModelHandle>> {
-        run_pass(
+        quantize(
             model,
-            &CalibrationSet::default(),
-            &Self::options(config)?,
-            context,
-        )
+            &calibration,
+            &options,
+            context.output,
+            context.progress,
+            context.cancel,
+        )?;
+        Ok(Arc::new(HfModel::open(context.output)?))
     }
+}
+
+/// Adds every pass of this crate to `registry`; `calibration` turns the `data_config` of those that calibrate into
+/// tokens.
+pub fn register_passes(registry: &mut PassRegistry, calibration: &CalibrationProvider) {
+    registry.register(Box::new(AutoAwqQuantizer::new(calibration.clone())));
+    registry.register(Box::new(Rtn));
+    registry.register(Box::new(Gptq::new(calibration.clone())));
+    registry.register(Box::new(KQuant));
+    registry.register(Box::new(SelectiveMixedPrecision));
 }

@@ -57,7 +57,8 @@ pub fn preflight(
     if options.algorithm == Algorithm::Awq {
         calibration.check(spec)?;
     }
-    check_weights(model.tensors(), spec)?;
+    let names: Vec<String> = spec.dense_tensors().into_iter().map(|(name, _)| name).collect();
+    check_finite(model.tensors(), names.iter().map(String::as_str))?;
     let converted: Vec<_> = (0..spec.n_layers)
         .flat_map(|layer| spec.linears(layer))
         .filter(|linear| options.converts(linear))
@@ -133,12 +134,15 @@ pub fn check_model(model: &dyn ModelHandle, options: &QuantizeOptions) -> Result
     Ok(())
 }
 
-/// Refuses weights that are not finite, naming the first such tensor.
-fn check_weights(source: &dyn TensorSource, spec: &ModelSpec) -> Result<()> {
-    for (name, shape) in spec.dense_tensors() {
-        let info = source.require(&name)?;
-        let bytes = source.bytes(&name)?;
-        let row_bytes = info.byte_len() / shape.first().copied().unwrap_or(1).max(1);
+/// Refuses tensors that are not finite, naming the first such one.
+pub(crate) fn check_finite<'a>(
+    source: &dyn TensorSource,
+    names: impl Iterator<Item = &'a str>,
+) -> Result<()> {
+    for name in names {
+        let info = source.require(name)?;
+        let bytes = source.bytes(name)?;
+        let row_bytes = info.byte_len() / info.shape.first().copied().unwrap_or(1).max(1);
         let bad: usize = bytes
             .par_chunks(row_bytes.max(1))
             .with_min_len(64)
@@ -149,7 +153,7 @@ fn check_weights(source: &dyn TensorSource, spec: &ModelSpec) -> Result<()> {
             .sum();
         if !info.dtype.is_float() {
             return Err(Error::tensor(
-                &name,
+                name,
                 "floating-point elements",
                 info.dtype.to_string(),
             ));

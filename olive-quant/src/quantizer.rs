@@ -2,4 +2,8 @@
 
 pub mod affine;
 pub mod awq;
+pub mod gptq;
+pub mod kquant;
+pub mod minmax;
+pub mod mixed_precision;
 pub mod rtn;

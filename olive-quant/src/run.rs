@@ -207,7 +207,7 @@ impl Run<'_> {
 }
 
 /// `‖a - b‖ / ‖b‖`.
-fn relative_error(a: &[f32], b: &[f32]) -> f64 {
+pub(crate) fn relative_error(a: &[f32], b: &[f32]) -> f64 {
     let square = |x: f32| f64::from(x) * f64::from(x);
     let error: f64 = a.iter().zip(b).map(|(a, b)| square(a - b)).sum();
     let whole: f64 = b.iter().map(|b| square(*b)).sum();

@@ -1,4 +1,6 @@
-//! Tests of the whole crate: against recorded results of AutoAWQ, and of whole runs.
+//! Tests of the whole crate: against recorded results of AutoAWQ and Olive, and of whole runs.
 
 mod autoawq;
+mod olive;
 mod runs;
+mod uniform;

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use olive_core::{
     Checkpoint, CheckpointPlan, CheckpointWriter, Error, ModelHandle, Result, TensorSource, fsio,
 };
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::calibration::CalibrationSet;
@@ -45,14 +46,25 @@ impl Manifest {
         calibration: &CalibrationSet,
         options: &QuantizeOptions,
     ) -> Result<Self> {
+        let calibrates = options.algorithm == Algorithm::Awq;
+        Self::of(model, options, calibrates.then_some(calibration))
+    }
+
+    /// As [`Manifest::new`], for any options.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the model cannot be read.
+    pub fn of(
+        model: &dyn ModelHandle,
+        options: &impl Serialize,
+        calibration: Option<&CalibrationSet>,
+    ) -> Result<Self> {
         let mut hasher = blake3::Hasher::new();
         let options_json = serde_json::to_vec(options).map_err(Error::json("options"))?;
         hasher.update(&options_json);
-        if options.algorithm == Algorithm::Awq {
-            for sequence in &calibration.sequences {
-                hasher.update(&(sequence.len() as u64).to_le_bytes());
-                hasher.update(bytemuck::cast_slice(sequence));
-            }
+        for sequence in calibration.iter().flat_map(|own| &own.sequences) {
+            hasher.update(&(sequence.len() as u64).to_le_bytes());
+            hasher.update(bytemuck::cast_slice(sequence));
         }
         Ok(Self {
             version: VERSION,
@@ -106,20 +118,22 @@ impl WorkFolder {
         self.root.join(name)
     }
 
-    fn layer_folder(&self, index: usize) -> PathBuf {
-        self.root.join(format!("layer-{index:03}"))
-    }
-
     /// The report of a layer if it is finished and holds what `plan` says.
     pub fn finished(&self, index: usize, plan: &CheckpointPlan) -> Option<LayerReport> {
-        let folder = self.layer_folder(index);
-        let report: LayerReport = fsio::read_json(folder.join(REPORT)).ok()?;
+        let report: LayerReport = self.finished_part(&layer_name(index), plan)?;
+        (report.layer == index).then_some(report)
+    }
+
+    /// The report of a part of the model if it is finished and holds what `plan` says.
+    pub fn finished_part<R: DeserializeOwned>(&self, part: &str, plan: &CheckpointPlan) -> Option<R> {
+        let folder = self.path(part);
+        let report = fsio::read_json(folder.join(REPORT)).ok()?;
         let checkpoint = Checkpoint::open(&folder).ok()?;
         let complete = plan
             .tensors
             .iter()
             .all(|(name, info)| checkpoint.info(name) == Some(info));
-        (complete && report.layer == index).then_some(report)
+        complete.then_some(report)
     }
 
     /// Stores a finished layer.
@@ -127,7 +141,21 @@ impl WorkFolder {
     /// # Errors
     /// [`Error::Io`]; [`Error::Tensor`] or [`Error::MissingTensors`] if `tensors` are not those of `plan`.
     pub fn store(&self, plan: &CheckpointPlan, tensors: &[Encoded], report: &LayerReport) -> Result<()> {
-        let folder = self.layer_folder(report.layer);
+        self.store_part(&layer_name(report.layer), plan, tensors, report)
+    }
+
+    /// Stores a finished part of the model.
+    ///
+    /// # Errors
+    /// As [`WorkFolder::store`].
+    pub fn store_part(
+        &self,
+        part: &str,
+        plan: &CheckpointPlan,
+        tensors: &[Encoded],
+        report: &impl Serialize,
+    ) -> Result<()> {
+        let folder = self.path(part);
         remove_dir(&folder)?;
         let mut writer = CheckpointWriter::create(&folder, plan)?;
         for (name, bytes) in tensors {
@@ -142,7 +170,15 @@ impl WorkFolder {
     /// # Errors
     /// Those of [`Checkpoint::open`].
     pub fn layer(&self, index: usize) -> Result<Checkpoint> {
-        Checkpoint::open(self.layer_folder(index))
+        self.part(&layer_name(index))
+    }
+
+    /// The tensors of a finished part.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`].
+    pub fn part(&self, part: &str) -> Result<Checkpoint> {
+        Checkpoint::open(self.path(part))
     }
 
     /// Removes the folder and all that is in it.
@@ -163,6 +199,11 @@ impl WorkFolder {
             let _ = fs::remove_dir(&self.output);
         }
     }
+}
+
+/// The part that layer `index` is.
+pub fn layer_name(index: usize) -> String {
+    format!("layer-{index:03}")
 }
 
 /// Removes a folder if it is there.

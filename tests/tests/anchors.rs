@@ -7,7 +7,9 @@ use olive_core::data::token_blocks;
 use olive_core::decoder::{Cpu, evaluate_perplexity};
 use olive_core::text::TextTokenizer;
 use olive_core::{CancelToken, HfModel, NoProgress};
-use olive_quant::{CalibrationSet, QuantizeOptions, QuantizeReport, quantize};
+use olive_quant::{
+    CalibrationSet, QuantizeOptions, QuantizeReport, Rounding, UniformOptions, quantize, quantize_uniform,
+};
 use olive_tests::shared;
 
 /// fp32, transformers.
@@ -85,4 +87,58 @@ fn perplexity_of_the_dense_rounded_and_awq_model_is_that_of_the_peers() {
     let awq = perplexity(&awq, &test);
     assert!(awq <= AWQ_AT_MOST, "AWQ: {awq}");
     eprintln!("perplexity: dense {dense:.3}, rounded {rounded:.3}, AWQ {awq:.3}");
+}
+
+/// The text's blocks and the model quantized to Olive's layout: 4 bits, asymmetric.
+fn uniform(
+    model: &Path,
+    rounding: Rounding,
+    group_size: i64,
+    calibration: &[Vec<u32>],
+    test: &[Vec<u32>],
+) -> f64 {
+    let folder = tempfile::tempdir().unwrap();
+    let mut options = UniformOptions::new(rounding);
+    options.settings.group_size = group_size;
+    let report = quantize_uniform(
+        &HfModel::open(model).unwrap(),
+        &CalibrationSet::new(calibration.to_vec()),
+        &options,
+        folder.path(),
+        &NoProgress,
+        &CancelToken::default(),
+    )
+    .unwrap();
+    for linear in report.linears {
+        assert!(linear.loss <= linear.loss_rtn, "{}", linear.name);
+    }
+    perplexity(folder.path(), test)
+}
+
+#[test]
+fn gptq_loses_less_than_rounding_and_k_quant_not_more() {
+    const NAME: &str = "perplexity of Olive's quantizers";
+    let (Some(model), Some(test), Some(valid)) = (
+        shared(NAME, "models/small-phi3"),
+        shared(NAME, "data/wikitext2-test.txt"),
+        shared(NAME, "data/wikitext2-valid.txt"),
+    ) else {
+        return;
+    };
+    let (test, valid) = (blocks(&model, &test, 60), blocks(&model, &valid, 16));
+    let of = |rounding, group_size| uniform(&model, rounding, group_size, &valid, &test);
+    let rounded = of(Rounding::Nearest, 128);
+    let gptq = of(Rounding::GPTQ, 128);
+    let [rounded_32, k_quant_32] = [Rounding::Nearest, Rounding::KQuant].map(|own| of(own, 32));
+    eprintln!(
+        "g128: rounded {rounded:.3}, GPTQ {gptq:.3}; g32: rounded {rounded_32:.3}, k-quant {k_quant_32:.3}"
+    );
+    // Olive's grids hold zero and are computed in the weights' type, which the anchor's are not.
+    assert!((rounded - ROUNDED).abs() <= 0.3, "rounded: {rounded}");
+    assert!(gptq < ROUNDED && gptq < rounded, "GPTQ: {gptq} {rounded}");
+    // The asymmetric search of k-quant neither gains nor loses here, in Olive either.
+    assert!(
+        k_quant_32 < rounded_32 * 1.005,
+        "k-quant: {k_quant_32} {rounded_32}"
+    );
 }

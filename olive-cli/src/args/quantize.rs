@@ -34,7 +34,7 @@ pub struct QuantizeArgs {
     /// The output folder
     #[arg(short = 'o', long = "output_path", default_value = "quantized-model")]
     pub output_path: PathBuf,
-    /// How weights are rounded: awq, rtn
+    /// How weights are rounded: awq, gptq, kquant, rtn
     #[arg(long = "algorithm", default_value = "rtn")]
     pub algorithm: Algorithm,
     /// The width of the weights [default: int4]

@@ -3,7 +3,7 @@
 use olive_core::data::{DataConfig, DataFormat, DataSource, TextGenConfig, TextSource};
 use olive_core::text::TextTokenizer;
 use olive_core::{Error, ModelHandle, Result};
-use olive_quant::{Algorithm, CalibrationSet, QuantizeOptions};
+use olive_quant::{CalibrationSet, QuantizeOptions, Rounding, UniformOptions};
 use serde_json::{Value, json};
 
 use super::{Context, notes, open_model};
@@ -15,12 +15,76 @@ const DEFAULT_SEQUENCES: usize = 32;
 /// Tokens of each of them.
 const DEFAULT_SEQUENCE_LENGTH: usize = 512;
 
+/// What is asked for: AWQ in AutoAWQ's layout, or anything else in Olive's.
+enum Request {
+    Awq(QuantizeOptions),
+    Uniform(UniformOptions),
+}
+
+impl Request {
+    fn of(args: &QuantizeArgs) -> Result<Self> {
+        let wrong = |key: &str, expected: &str, found: &str| {
+            Err(Error::config("command line", key, expected, format!("`{found}`")))
+        };
+        let bits = match args.precision {
+            None | Some(Precision::Int4 | Precision::Uint4) => 4,
+            Some(Precision::Int8 | Precision::Uint8) => 8,
+            Some(other) => return wrong("--precision", "int4 or int8", &other.name()),
+        };
+        let rounding = match args.algorithm {
+            QuantizeAlgorithm::Awq => {
+                let options = QuantizeOptions {
+                    bits,
+                    ..QuantizeOptions::default()
+                };
+                options.check()?;
+                return Ok(Self::Awq(options));
+            }
+            QuantizeAlgorithm::Rtn => Rounding::Nearest,
+            QuantizeAlgorithm::Kquant => Rounding::KQuant,
+            QuantizeAlgorithm::Gptq => Rounding::GPTQ,
+            other => {
+                let found = format!("{other:?}").to_lowercase();
+                return wrong("--algorithm", "awq, gptq, kquant or rtn", &found);
+            }
+        };
+        let mut options = UniformOptions::new(rounding);
+        options.settings.bits = bits;
+        Ok(Self::Uniform(options))
+    }
+
+    fn calibrates(&self) -> bool {
+        match self {
+            Self::Awq(_) => true,
+            Self::Uniform(options) => options.rounding.calibrates(),
+        }
+    }
+
+    /// The pass of a workflow that does the same.
+    fn pass(&self) -> Value {
+        match self {
+            Self::Awq(options) => json!({"type": "AutoAWQQuantizer", "bits": options.bits,
+                "q_group_size": options.group_size, "zero_point": options.zero_point,
+                "duo_scaling": options.duo_scaling}),
+            Self::Uniform(options) => {
+                let name = match options.rounding {
+                    Rounding::Nearest => "Rtn",
+                    Rounding::KQuant => "KQuant",
+                    Rounding::Gptq { .. } => "Gptq",
+                };
+                json!({"type": name, "bits": options.settings.bits,
+                    "group_size": options.settings.group_size, "sym": options.settings.symmetric})
+            }
+        }
+    }
+}
+
 /// Runs the command.
 ///
 /// # Errors
-/// Those of [`olive_quant::quantize`] and of reading model and data.
+/// Those of [`olive_quant::quantize`] and [`olive_quant::quantize_uniform`], and of reading model and data.
 pub fn run(args: &QuantizeArgs, context: &Context<'_>) -> Result<()> {
-    let options = options(args)?;
+    let request = Request::of(args)?;
     check_flags(args)?;
     let data = match &args.data_name {
         Some(name) => Some(data_config(name, args.split.clone(), &args.data)?),
@@ -30,53 +94,34 @@ pub fn run(args: &QuantizeArgs, context: &Context<'_>) -> Result<()> {
             None
         }
     };
-    if notes::save_config(&args.config, &args.output_path, &workflow(args, &options))? {
+    if notes::save_config(&args.config, &args.output_path, &workflow(args, &request))? {
         return Ok(());
     }
     let model = open_model(&args.model, context)?;
-    let calibration = calibration(args, data.as_ref(), &options, &model)?;
-    let report = olive_quant::quantize(
-        &model,
-        &calibration,
-        &options,
-        &args.output_path,
-        context.progress,
-        context.cancel,
-    )?;
-    tracing::info!(
-        "{} linears in {:.1} s, loss {:.4e} after {:.4e} by rounding alone",
-        report.totals.quantized_linears,
-        report.totals.seconds,
-        report.totals.loss,
-        report.totals.loss_rtn,
-    );
+    let calibration = calibration(args, data.as_ref(), &request, &model)?;
+    let (output, progress, cancel) = (&args.output_path, context.progress, context.cancel);
+    match &request {
+        Request::Awq(options) => {
+            let report = olive_quant::quantize(&model, &calibration, options, output, progress, cancel)?;
+            tracing::info!(
+                "{} linears in {:.1} s, loss {:.4e} after {:.4e} by rounding alone",
+                report.totals.quantized_linears,
+                report.totals.seconds,
+                report.totals.loss,
+                report.totals.loss_rtn,
+            );
+        }
+        Request::Uniform(options) => {
+            let report =
+                olive_quant::quantize_uniform(&model, &calibration, options, output, progress, cancel)?;
+            tracing::info!(
+                "{} modules, {:.1} MiB of weights",
+                report.linears.len(),
+                report.output_bytes as f64 / f64::from(1 << 20),
+            );
+        }
+    }
     output::saved(&args.output_path)
-}
-
-fn options(args: &QuantizeArgs) -> Result<QuantizeOptions> {
-    let mut options = match args.algorithm {
-        QuantizeAlgorithm::Awq => QuantizeOptions::default(),
-        QuantizeAlgorithm::Rtn => QuantizeOptions::rtn(),
-        other => {
-            let found = format!("{other:?}").to_lowercase();
-            return Err(Error::config(
-                "command line",
-                "--algorithm",
-                "awq or rtn",
-                format!("`{found}`"),
-            ));
-        }
-    };
-    options.bits = match args.precision {
-        None | Some(Precision::Int4 | Precision::Uint4) => 4,
-        Some(Precision::Int8 | Precision::Uint8) => 8,
-        Some(other) => {
-            let found = format!("`{}`", other.name());
-            return Err(Error::config("command line", "--precision", "int4", found));
-        }
-    };
-    options.check()?;
-    Ok(options)
 }
 
 fn check_flags(args: &QuantizeArgs) -> Result<()> {
@@ -146,12 +191,12 @@ pub(super) fn data_config(name: &str, split: Option<String>, args: &TextDataArgs
 fn calibration(
     args: &QuantizeArgs,
     data: Option<&DataConfig>,
-    options: &QuantizeOptions,
+    request: &Request,
     model: &dyn ModelHandle,
 ) -> Result<CalibrationSet> {
-    if options.algorithm == Algorithm::Rtn {
+    if !request.calibrates() {
         if data.is_some() {
-            tracing::warn!("--data_files has no effect: rounding to nearest looks at no data");
+            tracing::warn!("--data_files has no effect: this algorithm looks at no data");
         }
         return Ok(CalibrationSet::default());
     }
@@ -172,13 +217,8 @@ fn calibration(
 }
 
 /// The run as a workflow file of Olive.
-fn workflow(args: &QuantizeArgs, options: &QuantizeOptions) -> Value {
-    let mut pass = match options.algorithm {
-        Algorithm::Awq => json!({"type": "AutoAWQQuantizer", "bits": options.bits,
-            "q_group_size": options.group_size, "zero_point": options.zero_point,
-            "duo_scaling": options.duo_scaling}),
-        Algorithm::Rtn => json!({"type": "Rtn", "bits": options.bits, "group_size": options.group_size}),
-    };
+fn workflow(args: &QuantizeArgs, request: &Request) -> Value {
+    let mut pass = request.pass();
     let mut config = json!({
         "input_model": {"type": "HfModel", "model_path": args.model.model_name_or_path},
         "passes": {},
@@ -192,7 +232,7 @@ fn workflow(args: &QuantizeArgs, options: &QuantizeOptions) -> Value {
             args.split.as_deref(),
             &args.data
         )]);
-        if options.algorithm == Algorithm::Awq {
+        if request.calibrates() {
             pass["data_config"] = json!("calibration");
         }
     }

@@ -38,6 +38,9 @@ pub struct QuantizationConfig {
     /// Settings of modules by name or `re:` expression; the first that matches counts (Olive).
     #[serde(default)]
     pub overrides: Option<Map<String, Value>>,
+    /// Whether the head is the packed embedding; the model's own flag is false then (Olive).
+    #[serde(default)]
+    pub tie_word_embeddings: bool,
     /// `pack-quantized` (compressed-tensors).
     #[serde(default)]
     pub format: Option<String>,

@@ -268,6 +268,8 @@ impl ModelSpec {
         let n_heads = raw.size("num_attention_heads")?;
         let head_dim = raw.optional_size("head_dim")?.unwrap_or(hidden_size / n_heads);
         let max_position = raw.size("max_position_embeddings")?;
+        let quantization = raw.quantization()?;
+        let packed_tie = quantization.as_ref().is_some_and(|own| own.tie_word_embeddings);
         Ok(Self {
             family,
             architecture: raw.architecture()?.to_owned(),
@@ -284,7 +286,7 @@ impl ModelSpec {
             rope: raw.rope(head_dim, max_position)?,
             max_position,
             sliding_window: None,
-            tie_word_embeddings: raw.flag("tie_word_embeddings", false)?,
+            tie_word_embeddings: raw.flag("tie_word_embeddings", false)? || packed_tie,
             attention_layout: AttentionLayout::Split,
             mlp_layout: MlpLayout::Split,
             qkv_bias: false,
@@ -295,7 +297,7 @@ impl ModelSpec {
             eos_token_ids: raw.token_ids("eos_token_id")?,
             pad_token_id: raw.token_ids("pad_token_id")?.first().copied(),
             weight_dtype: raw.weight_dtype()?,
-            quantization: raw.quantization()?,
+            quantization,
         })
     }
 

@@ -5,6 +5,8 @@
 //! <module>.weight_scales   weight's [out, in / g]
 //! <module>.weight_qzeros   uint8    [out, ceil(in / g * bits / 8)]  asymmetric only; symmetric: 2^(bits-1)
 //! ```
+//!
+//! Olive up to 0.13 names the same parts `<module>.qweight`, `.scales` and `.qzeros`; both are read.
 
 use super::{QuantMatrix, parts};
 use crate::arch::ModuleQuantization;
@@ -14,6 +16,18 @@ use crate::error::{Error, Result};
 
 /// Names of the parts after the module's: values, scales, zero points.
 pub const PARTS: [&str; 3] = ["weight_qweight", "weight_scales", "weight_qzeros"];
+
+/// What Olive up to 0.13 calls [`PARTS`].
+pub const OLD_PARTS: [&str; 3] = ["qweight", "scales", "qzeros"];
+
+/// The names under which `module` is stored.
+pub fn stored_parts(source: &dyn TensorSource, module: &str) -> [&'static str; 3] {
+    let [values, ..] = OLD_PARTS;
+    match source.info(&format!("{module}.{values}")) {
+        Some(_) => OLD_PARTS,
+        None => PARTS,
+    }
+}
 
 /// The tensors of a packed linear, little-endian: name, type, shape and bytes.
 pub type StoredPart = (String, DType, Vec<usize>, Vec<u8>);
@@ -77,7 +91,7 @@ pub fn read(
 ) -> Result<QuantMatrix> {
     let group_size = settings.checked_group(module, shape)?;
     let [rows, cols] = shape;
-    let [values, scales, zeros] = PARTS.map(|part| format!("{module}.{part}"));
+    let [values, scales, zeros] = stored_parts(source, module).map(|part| format!("{module}.{part}"));
     let scale_dtype = source.require(&scales)?.dtype;
     let bytes = |n: usize| (n * settings.bits).div_ceil(8);
     let groups = cols / group_size;

@@ -9,14 +9,14 @@ use olive_core::{
 
 use crate::calibration::CalibrationSet;
 use crate::options::{QuantizeOptions, Search};
-use crate::pass::{AutoAwqQuantizer, Rtn};
+use crate::pass::AutoAwqQuantizer;
 use crate::report::QuantizeReport;
 use crate::work::WORK_FOLDER;
 use crate::{output, quantize};
 
-const FAMILIES: [&str; 5] = ["llama3-rope", "mistral", "phi3-partial", "qwen2", "qwen3"];
+pub(super) const FAMILIES: [&str; 5] = ["llama3-rope", "mistral", "phi3-partial", "qwen2", "qwen3"];
 
-fn family(name: &str) -> PathBuf {
+pub(super) fn family(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../tests/golden/families")
         .join(name);
@@ -24,7 +24,7 @@ fn family(name: &str) -> PathBuf {
     folder
 }
 
-fn calibration() -> CalibrationSet {
+pub(super) fn calibration() -> CalibrationSet {
     let sequence = |seed: u32, length: u32| (0..length).map(|i| (i * i + 7 * i * seed + seed) % 64).collect();
     CalibrationSet::new(
         (1..8)
@@ -53,7 +53,7 @@ fn run(model: &Path, options: &QuantizeOptions, output: &Path) -> Result<Quantiz
 }
 
 /// Every file below a folder, with its bytes.
-fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+pub(super) fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut found = Vec::new();
     let mut entries: Vec<_> = std::fs::read_dir(folder)
         .unwrap()
@@ -71,7 +71,7 @@ fn files(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 }
 
 /// The bytes of the checkpoint that a run left, without the folder's own name.
-fn model_bytes(output: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+pub(super) fn model_bytes(output: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let folder = output.join(output::MODEL_FOLDER);
     let relative = |path: PathBuf| path.strip_prefix(&folder).unwrap().to_path_buf();
     files(&folder)
@@ -126,9 +126,9 @@ fn the_configs_are_those_that_autoawq_and_olive_write() {
 }
 
 /// Asks for a stop once `after` layers are done.
-struct StopAfter<'a> {
-    after: u64,
-    cancel: &'a CancelToken,
+pub(super) struct StopAfter<'a> {
+    pub after: u64,
+    pub cancel: &'a CancelToken,
 }
 
 impl Progress for StopAfter<'_> {
@@ -259,7 +259,7 @@ fn rounding_to_nearest_needs_no_calibration_and_modules_can_stay_dense() {
 }
 
 /// A copy of a family's folder with one tensor's bytes changed.
-fn changed(name: &str, tensor: &str, change: impl Fn(&mut Vec<f32>)) -> tempfile::TempDir {
+pub(super) fn changed(name: &str, tensor: &str, change: impl Fn(&mut Vec<f32>)) -> tempfile::TempDir {
     let (source, folder) = (HfModel::open(family(name)).unwrap(), tempfile::tempdir().unwrap());
     for file in source.companion_files().unwrap() {
         std::fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();
@@ -387,30 +387,18 @@ fn an_earlier_result_survives_a_failed_run_and_strange_folders_are_not_replaced(
 }
 
 #[test]
-fn the_passes_take_olives_parameters() {
+fn the_pass_takes_olives_parameters() {
     let model = HfModel::open(family("mistral")).unwrap();
-    let awq = AutoAwqQuantizer::new(std::sync::Arc::new(|_, _| Ok(calibration())));
-    let given = |json: serde_json::Value| json.as_object().unwrap().clone();
-    let passes: [(&dyn Pass, serde_json::Value); 2] = [
-        (&awq, serde_json::json!({"q_group_size": 16, "version": "GEMM"})),
-        (&Rtn, serde_json::json!({"group_size": 16})),
-    ];
-    for (pass, json) in passes {
-        let folder = tempfile::tempdir().unwrap();
-        let config = PassConfig::new("t", pass.params(), &given(json)).unwrap();
-        pass.check(&model, &config).unwrap();
-        let context = PassContext {
-            output: folder.path(),
-            progress: &NoProgress,
-            cancel: &CancelToken::default(),
-        };
-        let result = pass.run(&model, &config, &context).unwrap();
-        assert!(result.spec().is_quantized());
-    }
-    let refused = PassConfig::new(
-        "t",
-        Rtn.params(),
-        &given(serde_json::json!({"group_size": 16, "sym": true})),
-    );
-    assert!(Rtn.check(&model, &refused.unwrap()).is_err());
+    let pass = AutoAwqQuantizer::new(std::sync::Arc::new(|_, _| Ok(calibration())));
+    let given = serde_json::json!({"q_group_size": 16, "version": "GEMM"});
+    let folder = tempfile::tempdir().unwrap();
+    let config = PassConfig::new("t", pass.params(), given.as_object().unwrap()).unwrap();
+    pass.check(&model, &config).unwrap();
+    let context = PassContext {
+        output: folder.path(),
+        progress: &NoProgress,
+        cancel: &CancelToken::default(),
+    };
+    let result = pass.run(&model, &config, &context).unwrap();
+    assert!(result.spec().is_quantized());
 }

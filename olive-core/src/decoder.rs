@@ -6,9 +6,11 @@
 //! has a backward written by hand for frozen weights; gradients exist for inputs and low-rank parts only, and a
 //! forward without a tape keeps nothing.
 //!
-//! On the CPU use [`Cpu`]; it runs on one thread, and callers run sequences side by side.
+//! On the CPU use [`Cpu`]: its tensors are in host memory, where the kernels of [`crate::kernels`] work on them with
+//! all threads of the pool.
 
 pub mod activation;
+mod attend;
 pub mod attention;
 mod dora;
 mod dropout;
@@ -16,13 +18,16 @@ mod head;
 mod host;
 mod layer;
 mod linear;
+mod matmul;
 mod norm;
 mod perplexity;
 mod score;
 mod sequence;
+mod trial;
 
 pub use dora::Magnitude;
 pub use dropout::DropoutStream;
+pub use host::HostTensor;
 pub use head::{CrossEntropy, Embedding, Head};
 pub use layer::{DecoderLayer, LayerGradients, LayerTape, Observer};
 pub use linear::{BaseWeight, Linear, LinearTape, LowRank, LowRankGradient};
@@ -30,6 +35,7 @@ pub use norm::RmsNorm;
 pub use perplexity::{Attachment, Perplexity, evaluate_perplexity};
 pub use score::score_samples;
 pub use sequence::{QueryBlock, SequenceTables};
+pub use trial::PackedHalf;
 
 /// Burn's CPU backend in `f32`.
 pub type Cpu = burn::backend::Flex;

@@ -21,6 +21,8 @@ pub mod dtype;
 pub mod error;
 pub mod fsio;
 pub mod hub;
+#[cfg(feature = "burn")]
+pub mod kernels;
 pub mod model;
 pub mod packed;
 pub mod pass;

@@ -48,26 +48,26 @@ pub(crate) fn trained_tokens(sample: &Sample) -> usize {
     sample.labels.iter().skip(1).filter(counted).count()
 }
 
-/// Loss and gradients of one sequence.
-pub(crate) struct SequenceResult {
-    /// Sum of the losses.
-    pub sum: f64,
-    /// Of each part of each module, in the adapter's order; empty where none were asked for.
+/// Losses and gradients of some sequences.
+pub(crate) struct GroupResult {
+    /// Sum of the losses of each sequence.
+    pub sums: Vec<f64>,
+    /// Of each part of each module, in the adapter's order.
     pub gradients: Vec<Vec<f32>>,
 }
 
-/// How gradients are computed.
-#[derive(Clone, Copy)]
-pub(crate) struct GradientMode {
-    /// The gradient is that of the loss times this.
+/// A sequence to train on.
+pub(crate) struct Trained<'a> {
+    pub sequence: Sequence<'a>,
+    /// Its stream.
+    pub dropout: DropoutStream,
+    /// The gradient is that of its loss times this.
     pub scale: f64,
-    /// Whether layers are computed again instead of kept.
-    pub recompute: bool,
 }
 
 /// What is kept of a layer's forward.
 enum Kept<B: Backend> {
-    Input(Tensor<B, 3>),
+    Input(Tensor<B, 2>),
     Tape(LayerTape<B>),
 }
 
@@ -133,56 +133,65 @@ impl<B: Backend> Network<B> {
         }
     }
 
-    /// The loss of one sequence.
-    pub fn loss(&self, sequence: &Sequence<'_>, tables: &Tables<B>) -> Result<SequenceResult> {
-        let tables = tables_of(tables, sequence)?;
-        let mut x = self.embedding.forward(&[sequence.ids])?;
+    /// The sum of the losses of each sequence.
+    pub fn losses(&self, sequences: &[Sequence<'_>], tables: &Tables<B>) -> Result<Vec<f64>> {
+        let tables = tables_of(tables, sequences.iter())?;
+        let mut x = self.embed(sequences.iter())?;
         for layer in &self.layers {
-            x = layer.forward(x, tables);
+            (x, _) = layer.forward_train(x, &tables, &DropoutStream::none());
         }
-        let result = self.head.cross_entropy(x, &[sequence.labels], None)?;
-        Ok(SequenceResult {
-            sum: result.sum,
-            gradients: Vec::new(),
-        })
+        let labels: Vec<&[i64]> = sequences.iter().map(|sequence| sequence.labels).collect();
+        Ok(self.head.cross_entropy(x, &labels, None)?.sums)
     }
 
-    /// The loss of one sequence and the adapter's gradients. `dropout` is the stream of this sequence.
+    /// Rows `[n, hidden]` of sequences, one after another.
+    fn embed<'a>(&self, sequences: impl Iterator<Item = &'a Sequence<'a>>) -> Result<Tensor<B, 2>> {
+        let ids: Vec<u32> = sequences.flat_map(|sequence| sequence.ids).copied().collect();
+        let x = self.embedding.forward(&[&ids])?;
+        let [_, n, hidden] = x.dims();
+        Ok(x.reshape([n, hidden]))
+    }
+
+    /// The losses of sequences and the sum of the adapter's gradients. The sequences are computed together, as rows
+    /// that follow one another: nothing is padded. With `recompute`, layers are computed again instead of kept.
     pub fn gradients(
         &self,
-        sequence: &Sequence<'_>,
+        group: &[Trained<'_>],
         tables: &Tables<B>,
-        dropout: DropoutStream,
-        mode: GradientMode,
-    ) -> Result<SequenceResult> {
-        let tables = tables_of(tables, sequence)?;
+        recompute: bool,
+    ) -> Result<GroupResult> {
+        let sequences = || group.iter().map(|own| &own.sequence);
+        let tables = tables_of(tables, sequences())?;
+        let streams = group.iter().map(|own| (own.dropout.clone(), own.sequence.ids.len()));
+        let dropout = DropoutStream::join(streams);
         let stream = |index: usize| dropout.child(index as u64);
+        // Nothing below the lowest adapted layer is trained.
+        let lowest = self.places.iter().map(|(layer, _)| *layer).min().unwrap_or(0);
         let mut kept = Vec::with_capacity(self.layers.len());
-        let mut x = self.embedding.forward(&[sequence.ids])?;
+        let mut x = self.embed(sequences())?;
         for (index, layer) in self.layers.iter().enumerate() {
-            let input = x.clone();
-            let (y, tape) = layer.forward_train(x, tables, &stream(index));
-            kept.push(match mode.recompute {
-                true => Kept::Input(input),
-                false => Kept::Tape(tape),
-            });
+            let input = recompute.then(|| x.clone());
+            let (y, tape) = layer.forward_train(x, &tables, &stream(index));
+            if index >= lowest {
+                kept.push(input.map_or(Kept::Tape(tape), Kept::Input));
+            }
             x = y;
         }
-        let result = self.head.cross_entropy(x, &[sequence.labels], Some(mode.scale))?;
+        let labels: Vec<&[i64]> = sequences().map(|sequence| sequence.labels).collect();
+        let scales: Vec<f64> = group.iter().map(|own| own.scale).collect();
+        let result = self.head.cross_entropy(x, &labels, Some(&scales))?;
         let mut gradients: BTreeMap<(usize, LinearRole), Vec<Vec<f32>>> = BTreeMap::new();
         let mut dy = result
             .d_hidden
             .ok_or_else(|| Error::tensor("loss", "a gradient", "none"))?;
-        // Nothing below the lowest adapted layer is trained.
-        let lowest = self.places.iter().map(|(layer, _)| *layer).min().unwrap_or(0);
         for (index, layer) in self.layers.iter().enumerate().skip(lowest).rev() {
             let Some(kept) = kept.pop() else { break };
             let tape = match kept {
                 Kept::Tape(tape) => tape,
-                Kept::Input(x) => layer.forward_train(x, tables, &stream(index)).1,
+                Kept::Input(x) => layer.forward_train(x, &tables, &stream(index)).1,
             };
             let mut own = Vec::new();
-            dy = layer.backward(tape, dy, tables, &stream(index), &mut own);
+            dy = layer.backward(tape, dy, &tables, &stream(index), &mut own);
             for (role, gradient) in own {
                 let mut parts = vec![host(gradient.a)?, host(gradient.b)?];
                 if let Some(magnitude) = gradient.magnitude {
@@ -196,20 +205,22 @@ impl<B: Backend> Network<B> {
             pair.ok_or_else(|| Error::tensor(format!("{place:?}"), "a gradient", "none"))
         });
         let in_order: Vec<Vec<Vec<f32>>> = in_order.collect::<Result<_>>()?;
-        Ok(SequenceResult {
-            sum: result.sum,
+        Ok(GroupResult {
+            sums: result.sums,
             gradients: in_order.into_iter().flatten().collect(),
         })
     }
 }
 
-fn tables_of<'a, B: Backend>(
+fn tables_of<'a, 'b, B: Backend>(
     tables: &'a Tables<B>,
-    sequence: &Sequence<'_>,
-) -> Result<&'a SequenceTables<B>> {
-    tables
-        .get(&sequence.key())
-        .ok_or_else(|| Error::tensor("input_ids", "a prepared length", format!("{:?}", sequence.key())))
+    sequences: impl Iterator<Item = &'b Sequence<'b>>,
+) -> Result<Vec<&'a SequenceTables<B>>> {
+    let of = |sequence: &Sequence<'_>| {
+        let found = tables.get(&sequence.key());
+        found.ok_or_else(|| Error::tensor("input_ids", "a prepared length", format!("{:?}", sequence.key())))
+    };
+    sequences.map(of).collect()
 }
 
 fn host<B: Backend, const D: usize>(x: Tensor<B, D>) -> Result<Vec<f32>> {

@@ -4,8 +4,9 @@
 //! labels, that of a step the mean over its micro-batches (whatever their sizes); gradients are clipped by their
 //! global norm; AdamW; then the schedule moves on.
 //!
-//! Sequences of a step run side by side, each on one thread, and their gradients are added in the order of the
-//! samples: the result does not depend on the number of threads, nor on where a run was interrupted.
+//! Sequences of a step are computed together, as rows that follow one another, as many as fit a fixed number of rows;
+//! their gradients are added in the order of the samples. The result does not depend on the number of threads, nor on
+//! where a run was interrupted.
 
 use std::time::{Duration, Instant};
 
@@ -18,13 +19,16 @@ use crate::adamw::{self, Moments};
 use crate::adapter::{Adapter, AdapterModule};
 use crate::arguments::TrainingArguments;
 use crate::checkpoint::{self, INTERRUPTED_FOLDER, Snapshot, TrainerState};
-use crate::network::{GradientMode, Network, Sequence, SequenceResult, Tables, trained_tokens};
+use crate::network::{GroupResult, Network, Sequence, Tables, Trained, trained_tokens};
 use crate::order::{BatchPlan, StepSamples};
 use crate::schedule::LearningRate;
 use crate::train_log::{self, LogEntry};
 
 /// A run that takes longer keeps a checkpoint of its own, in case it is interrupted.
 const KEEP_EVERY: Duration = Duration::from_secs(120);
+
+/// Rows that are computed together, unless a single sequence is longer.
+const GROUP_ROWS: usize = 1024;
 
 /// Samples to train on, and to evaluate on.
 #[derive(Debug, Clone, Copy)]
@@ -197,41 +201,39 @@ impl<'a, B: Backend> Trainer<'a, B> {
                 let stream = DropoutStream::new(dropout, self.arguments.seed, row * longest)
                     .child(step as u64)
                     .child(micro as u64);
-                sequences.push((micro, Sequence::new(sample, longest), stream));
+                let own = Trained {
+                    sequence: Sequence::new(sample, longest),
+                    dropout: stream,
+                    scale: 1.0 / (tokens_of[micro] as f64 * samples.len() as f64),
+                };
+                sequences.push((micro, own));
             }
         }
-        self.network.prepare(
-            &mut self.tables,
-            sequences.iter().map(|(_, sequence, _)| sequence),
-        );
+        let (micro_of, sequences): (Vec<usize>, Vec<Trained<'_>>) = sequences.into_iter().unzip();
+        self.network
+            .prepare(&mut self.tables, sequences.iter().map(|own| &own.sequence));
         let recompute = self.arguments.gradient_checkpointing;
-        let micro_batches = samples.len() as f64;
+        let lengths: Vec<usize> = sequences.iter().map(|own| own.sequence.ids.len()).collect();
         let mut outcome = StepOutcome {
             loss: 0.0,
             gradients: Vec::new(),
-            tokens: sequences.iter().map(|(_, s, _)| s.ids.len() as u64).sum(),
-            longest: sequences.iter().map(|(_, s, _)| s.ids.len()).max().unwrap_or(0),
+            tokens: lengths.iter().sum::<usize>() as u64,
+            longest: lengths.iter().copied().max().unwrap_or(0),
         };
-        for group in sequences.chunks(rayon::current_num_threads().max(1)) {
+        for range in groups(&lengths) {
             self.context.cancel.check()?;
-            let results: Vec<SequenceResult> = group
-                .par_iter()
-                .map(|(micro, sequence, stream)| {
-                    let scale = 1.0 / (tokens_of[*micro] as f64 * micro_batches);
-                    let mode = GradientMode { scale, recompute };
-                    self.network.gradients(sequence, &self.tables, *stream, mode)
-                })
-                .collect::<Result<_>>()?;
-            for ((micro, ..), result) in group.iter().zip(results) {
-                if !result.sum.is_finite() {
+            let group = &sequences[range.clone()];
+            let GroupResult { sums, gradients } = self.network.gradients(group, &self.tables, recompute)?;
+            for ((micro, own), sum) in micro_of[range].iter().zip(group).zip(sums) {
+                if !sum.is_finite() {
                     let samples = &samples[*micro];
                     let what =
                         format!("loss of optimizer step {step}, micro-batch {micro} (samples {samples:?})");
                     return Err(Error::NotFinite { what, found: 1 });
                 }
-                outcome.loss += result.sum / tokens_of[*micro] as f64 / micro_batches;
-                add(&mut outcome.gradients, result.gradients);
+                outcome.loss += sum * own.scale;
             }
+            add(&mut outcome.gradients, gradients);
         }
         Ok(outcome)
     }
@@ -334,11 +336,11 @@ impl<'a, B: Backend> Trainer<'a, B> {
         for (group, own) in sequences.chunks(64).zip(samples.chunks(64)) {
             self.context.cancel.check()?;
             self.network.prepare(&mut tables, group.iter());
-            let results: Vec<SequenceResult> = group
-                .par_iter()
-                .map(|sequence| self.network.loss(sequence, &tables))
-                .collect::<Result<_>>()?;
-            sum += results.iter().map(|result| result.sum).sum::<f64>();
+            let lengths: Vec<usize> = group.iter().map(|sequence| sequence.ids.len()).collect();
+            for range in groups(&lengths) {
+                self.context.cancel.check()?;
+                sum += self.network.losses(&group[range], &tables)?.iter().sum::<f64>();
+            }
             tokens += own.iter().map(trained_tokens).sum::<usize>();
         }
         let state = &mut self.snapshot.state;
@@ -439,6 +441,21 @@ fn check_samples(data: &TrainingData<'_>, plan: &BatchPlan) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Sequences that are computed together: as many as fit [`GROUP_ROWS`], one at least.
+fn groups(lengths: &[usize]) -> Vec<std::ops::Range<usize>> {
+    let mut groups = Vec::new();
+    let (mut first, mut rows) = (0, 0);
+    for (index, length) in lengths.iter().enumerate() {
+        if rows + length > GROUP_ROWS && index > first {
+            groups.push(first..index);
+            (first, rows) = (index, 0);
+        }
+        rows += length;
+    }
+    groups.push(first..lengths.len());
+    groups
 }
 
 /// Adds gradients, element by element.

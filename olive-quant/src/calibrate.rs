@@ -3,6 +3,10 @@
 //! Every half sees the activations of the unquantized model. Of the tokens, the hidden states are kept, and for the
 //! half that is being worked on its normalised input and its output; of the model, one layer.
 
+mod on_host;
+
+use std::sync::OnceLock;
+
 use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use olive_core::decoder::{DecoderLayer, Embedding, SequenceTables};
@@ -15,7 +19,7 @@ use crate::quantizer::awq::mapping::LinearInput;
 use crate::quantizer::awq::search::BlockProbe;
 use crate::quantizer::awq::statistics::InputStatistics;
 
-/// Sequences that are run side by side; also how often a candidate's sum is compared with the limit.
+/// Sequences that are run side by side.
 const SIDE_BY_SIDE: usize = 4;
 
 /// A half of a decoder layer: norm, then attention or MLP, then the residual.
@@ -51,6 +55,8 @@ pub struct HalfRun<'a, B: Backend> {
     tables: &'a [SequenceTables<B>],
     normed: Vec<Tensor<B, 3>>,
     outputs: Vec<Tensor<B, 3>>,
+    /// What is computed first, once the first candidate has told.
+    tasks: OnceLock<Vec<on_host::Task>>,
     cancel: &'a CancelToken,
 }
 
@@ -135,6 +141,7 @@ impl<B: Backend> HiddenStates<B> {
             tables: &self.tables,
             normed: Vec::with_capacity(self.states.len()),
             outputs: Vec::with_capacity(self.states.len()),
+            tasks: OnceLock::new(),
             cancel: &self.cancel,
         };
         let mut statistics: Option<[InputStatistics; 2]> = None;
@@ -244,34 +251,20 @@ impl<B: Backend> BlockProbe for HalfRun<'_, B> {
         for (role, weight) in weights {
             replace_weight(&mut layer, role, weight, &device);
         }
-        let elements: usize = self
-            .outputs
-            .iter()
-            .map(|y| y.dims().iter().product::<usize>())
-            .sum();
+        let elements = self.outputs.iter().map(|y| y.dims().iter().product::<usize>());
+        let elements = elements.sum::<usize>() as f64;
+        if let Some(sum) = self.sum_on_host(&layer, limit * elements)? {
+            return Ok((sum <= limit * elements).then_some(sum / elements));
+        }
         let mut sum = 0.0;
-        for (normed, outputs) in self
-            .normed
-            .chunks(SIDE_BY_SIDE)
-            .zip(self.outputs.chunks(SIDE_BY_SIDE))
-        {
+        for (normed, outputs) in self.normed.iter().zip(&self.outputs) {
             self.cancel.check()?;
-            let errors: Vec<f64> = normed
-                .par_iter()
-                .zip(outputs)
-                .map(|(normed, reference)| {
-                    let difference = self.output(&layer, normed) - reference.clone();
-                    to_host(difference)
-                        .iter()
-                        .map(|d| f64::from(*d) * f64::from(*d))
-                        .sum()
-                })
-                .collect();
-            sum += errors.iter().sum::<f64>();
-            if sum > limit * elements as f64 {
+            let difference = to_host(self.output(&layer, normed) - outputs.clone());
+            sum += difference.iter().map(|d| f64::from(*d) * f64::from(*d)).sum::<f64>();
+            if sum > limit * elements {
                 return Ok(None);
             }
         }
-        Ok(Some(sum / elements as f64))
+        Ok(Some(sum / elements))
     }
 }

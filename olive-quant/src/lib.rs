@@ -18,7 +18,6 @@
 pub mod calibrate;
 pub mod calibration;
 pub mod encode;
-pub mod kernels;
 pub mod layer;
 pub mod olive_layout;
 pub mod options;

@@ -1,12 +1,11 @@
-//! Causal scaled-dot-product attention over heads, a block of queries at a time, with its backward.
+//! Causal scaled-dot-product attention over heads, a block of queries at a time, with its backward, in the backend's
+//! own operations; in host memory [`crate::kernels::attention`] does the same.
 //!
 //! `P = softmax(s · Q Kᵀ + mask)`, `O = P V`. Query heads that share a key head are stacked as rows, so that no key or
 //! value is repeated. The probabilities are computed again in the backward:
 //! `dV = Pᵀ dO`, `dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))`, `dQ = s · dS K`, `dK = s · dSᵀ Q`.
 
 use burn::tensor::Tensor;
-mod on_host;
-
 use burn::tensor::activation::softmax;
 use burn::tensor::backend::Backend;
 
@@ -54,9 +53,6 @@ fn probabilities<B: Backend>(
 
 /// Attention output `[batch, heads, seq, head_dim]`; `scale` multiplies the scores.
 pub fn forward<B: Backend>(heads: &Heads<B>, tables: &SequenceTables<B>, scale: f64) -> Tensor<B, 4> {
-    if let Some(output) = on_host::forward(heads, tables, scale) {
-        return output;
-    }
     let [_, n_heads, _, _] = heads.q.dims();
     let [_, kv_heads, _, _] = heads.k.dims();
     let blocks = tables.blocks.iter().map(|block| {
@@ -75,9 +71,6 @@ pub fn backward<B: Backend>(
     tables: &SequenceTables<B>,
     scale: f64,
 ) -> Heads<B> {
-    if let Some(gradients) = on_host::backward(heads, output, &d_output, tables, scale) {
-        return gradients;
-    }
     let [batch, n_heads, seq, d] = heads.q.dims();
     let [_, kv_heads, _, _] = heads.k.dims();
     let row_sums = (d_output.clone() * output.clone()).sum_dim(3);

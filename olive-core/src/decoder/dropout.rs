@@ -6,12 +6,19 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
 
-use super::host::{self, HostTensor};
+use super::host;
 
 /// A stream of keep-or-drop decisions for the input of one linear.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct DropoutStream {
     probability: f64,
+    parts: Vec<Part>,
+}
+
+/// Consecutive rows of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Part {
+    rows: usize,
     key: u64,
     first_row: u64,
 }
@@ -21,25 +28,42 @@ impl DropoutStream {
     pub const fn none() -> Self {
         Self {
             probability: 0.0,
-            key: 0,
-            first_row: 0,
+            parts: Vec::new(),
         }
     }
 
     /// Drops with `probability` (below 1); `first_row` is the place of the first row in its micro-batch.
     pub fn new(probability: f64, seed: u64, first_row: usize) -> Self {
-        Self {
-            probability,
+        let part = Part {
+            rows: usize::MAX,
             key: mix(seed ^ 0x6F6C_6976_6544_726F),
             first_row: first_row as u64,
+        };
+        Self {
+            probability,
+            parts: vec![part],
         }
     }
 
+    /// The stream of sequences whose rows follow one another: the stream and the number of rows of each.
+    pub fn join(streams: impl IntoIterator<Item = (Self, usize)>) -> Self {
+        let mut joined = Self::none();
+        for (stream, rows) in streams {
+            joined.probability = stream.probability;
+            joined.parts.extend(stream.parts.first().map(|part| Part { rows, ..*part }));
+        }
+        joined
+    }
+
     /// The stream of a part of what this one is for: a step, a layer, a linear.
-    pub fn child(self, part: u64) -> Self {
+    pub fn child(&self, part: u64) -> Self {
+        let turn = |own: &Part| Part {
+            key: mix(own.key ^ mix(part.wrapping_add(0x9E37_79B9_7F4A_7C15))),
+            ..*own
+        };
         Self {
-            key: mix(self.key ^ mix(part.wrapping_add(0x9E37_79B9_7F4A_7C15))),
-            ..self
+            probability: self.probability,
+            parts: self.parts.iter().map(turn).collect(),
         }
     }
 
@@ -57,15 +81,26 @@ impl DropoutStream {
 
     /// Multiplies rows of `cols` elements by their factors.
     fn scale(&self, values: &mut [f32], cols: usize) {
+        let mut rest = values;
+        for part in &self.parts {
+            let (own, after) = rest.split_at_mut(part.rows.saturating_mul(cols).min(rest.len()));
+            rest = after;
+            host::by_rows(own, cols, |first, rows| self.scale_rows(*part, first, rows, cols));
+        }
+    }
+
+    /// Multiplies rows from row `first` of a part on.
+    #[inline(always)]
+    fn scale_rows(&self, part: Part, first: usize, values: &mut [f32], cols: usize) {
         let threshold = (self.probability * 4_294_967_296.0) as u32;
         let keep = (1.0 / (1.0 - self.probability)) as f32;
-        let start = self.first_row.wrapping_mul(cols as u64);
-        let bits = |pair: u64| mix(self.key.wrapping_add(pair.wrapping_mul(0x9E37_79B9_7F4A_7C15)));
+        let start = (part.first_row + first as u64).wrapping_mul(cols as u64);
+        let bits = |pair: u64| mix(part.key.wrapping_add(pair.wrapping_mul(0x9E37_79B9_7F4A_7C15)));
         let factor = |half: u32| if half >= threshold { keep } else { 0.0 };
         // One hash serves the two elements of an even-odd pair of indices; an odd start begins within a pair.
         let lead = ((start & 1) as usize).min(values.len());
-        let (first, pairs) = values.split_at_mut(lead);
-        for value in first {
+        let (ahead, pairs) = values.split_at_mut(lead);
+        for value in ahead {
             *value *= factor((bits(start >> 1) >> 32) as u32);
         }
         let base = (start + lead as u64) >> 1;
@@ -83,17 +118,19 @@ impl DropoutStream {
             return x;
         }
         let [rows, cols] = x.dims();
-        if let Some(values) = HostTensor::of(&x) {
-            let mut values = values.values().to_vec();
+        let device = x.device();
+        if host::is_host::<B>() {
+            let mut values = host::take(x);
             self.scale(&mut values, cols);
-            return host::tensor(values, [rows, cols], &x.device());
+            return host::tensor(values, [rows, cols], &device);
         }
-        let mask = Tensor::from_data(TensorData::new(self.mask(rows, cols), [rows, cols]), &x.device());
+        let mask = Tensor::from_data(TensorData::new(self.mask(rows, cols), [rows, cols]), &device);
         x * mask
     }
 }
 
 /// The finalizer of SplitMix64.
+#[inline(always)]
 fn mix(value: u64) -> u64 {
     let mut z = value;
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -115,5 +152,9 @@ mod tests {
         assert_eq!(whole[40 * 33..], tail);
         assert_ne!(whole, DropoutStream::new(0.25, 7, 0).child(4).mask(64, 33));
         assert_ne!(whole, DropoutStream::new(0.25, 8, 0).child(3).mask(64, 33));
+        let part = |first| DropoutStream::new(0.25, 7, first);
+        let joined = DropoutStream::join([(part(40), 24), (part(0), 10)]).child(3).mask(34, 33);
+        assert_eq!(joined[..24 * 33], tail);
+        assert_eq!(joined[24 * 33..], whole[..10 * 33]);
     }
 }

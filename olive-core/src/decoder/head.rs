@@ -2,16 +2,21 @@
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor, TensorData};
+use rayon::prelude::*;
 
+use super::host::{self, HostTensor};
 use super::norm::RmsNorm;
 use crate::arch::ModelSpec;
 use crate::checkpoint::TensorSource;
 use crate::data::IGNORED_LABEL;
 use crate::error::{Error, Result};
+use crate::kernels::{View, exp, product_parallel, sum, wide};
 use crate::weight::WeightKind;
 
 /// Elements of the logits that exist at a time.
-const CHUNK_ELEMENTS: usize = 1 << 20;
+const CHUNK_ELEMENTS: usize = 1 << 22;
+/// Rows of a chunk at least: below, reading the weight costs more than multiplying with it.
+const CHUNK_ROWS: usize = 64;
 
 /// The token embedding `[vocab, hidden]`.
 #[derive(Debug, Clone)]
@@ -92,12 +97,20 @@ pub struct Head<B: Backend> {
 /// Cross entropy over the trained positions of some sequences.
 #[derive(Debug, Clone)]
 pub struct CrossEntropy<B: Backend> {
-    /// Sum of the losses, in nats.
-    pub sum: f64,
+    /// Sum of the losses of each sequence, in nats.
+    pub sums: Vec<f64>,
     /// Positions that were counted.
     pub tokens: usize,
-    /// The gradient of `sum · scale` in the hidden states `[batch, seq, hidden]`, where it was asked for.
-    pub d_hidden: Option<Tensor<B, 3>>,
+    /// The gradient of `Σ sum · scale` in the hidden states `[n, hidden]`, where it was asked for.
+    pub d_hidden: Option<Tensor<B, 2>>,
+}
+
+/// A position that predicts a label.
+#[derive(Debug, Clone, Copy)]
+struct Position {
+    row: usize,
+    target: usize,
+    sequence: usize,
 }
 
 impl<B: Backend> Head<B> {
@@ -138,59 +151,72 @@ impl<B: Backend> Head<B> {
             .reshape([batch, seq, vocab])
     }
 
-    /// Cross entropy of the last layer's output `[batch, seq, hidden]` against `labels`, `seq` a sequence: position
-    /// `t` predicts label `t + 1`, [`IGNORED_LABEL`] is not counted. With `scale`, also the gradient of
-    /// `sum · scale`.
+    /// Cross entropy of the last layer's output `[n, hidden]` against the labels of sequences that follow one another:
+    /// position `t` of a sequence predicts label `t + 1`, [`IGNORED_LABEL`] is not counted. With `scales`, one a
+    /// sequence, also the gradient of the sum of each times its scale.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if a label is no token, or there are not `seq` of them a sequence.
+    /// [`Error::Tensor`] if a label is no token, or there are not `n` of them.
     pub fn cross_entropy<S: AsRef<[i64]>>(
         &self,
-        hidden: Tensor<B, 3>,
+        hidden: Tensor<B, 2>,
         labels: &[S],
-        scale: Option<f64>,
+        scales: Option<&[f64]>,
     ) -> Result<CrossEntropy<B>> {
-        let [batch, seq, width] = hidden.dims();
+        let [n, width] = hidden.dims();
         let [vocab, _] = self.weight.dims();
-        let (places, targets) = trained_positions(labels, [batch, seq, vocab])?;
+        let positions = trained_positions(labels, [n, vocab])?;
         let device = hidden.device();
-        let hidden = hidden.reshape([batch * seq, width]);
         let mut result = CrossEntropy {
-            sum: 0.0,
-            tokens: places.len(),
+            sums: vec![0.0; labels.len()],
+            tokens: positions.len(),
             d_hidden: None,
         };
+        let on_host = HostTensor::of(&hidden);
+        let mut d_values = vec![0.0f32; if scales.is_some() && on_host.is_some() { n * width } else { 0 }];
         let mut d_rows = Vec::new();
-        let step = (CHUNK_ELEMENTS / vocab).max(1);
-        for (places, targets) in places.chunks(step).zip(targets.chunks(step)) {
-            let index = int_tensor::<B>(places.to_vec(), &device);
-            let x = hidden.clone().select(0, index);
-            let targets = int_tensor::<B>(targets.to_vec(), &device).unsqueeze_dim::<2>(1);
-            let (losses, d_x) = self.chunk(x, targets, scale);
-            result.sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
-            d_rows.extend(d_x);
-        }
-        if scale.is_some() {
-            let zeros = Tensor::zeros([batch * seq, width], &device);
-            let d_hidden = match d_rows.is_empty() {
-                true => zeros,
-                false => {
-                    let index = int_tensor::<B>(places, &device);
-                    zeros.select_assign(0, index, Tensor::cat(d_rows, 0), IndexingUpdateOp::Add)
+        let step = (CHUNK_ELEMENTS / vocab).max(CHUNK_ROWS);
+        for positions in positions.chunks(step) {
+            let losses = match &on_host {
+                Some(rows) => self.chunk_on_host(rows.values(), positions, scales, &mut d_values),
+                None => {
+                    let (losses, d_x) = self.chunk(&hidden, positions, scales);
+                    d_rows.extend(d_x);
+                    losses
                 }
             };
-            result.d_hidden = Some(d_hidden.reshape([batch, seq, width]));
+            for (position, loss) in positions.iter().zip(losses) {
+                result.sums[position.sequence] += f64::from(loss);
+            }
+        }
+        if scales.is_some() {
+            result.d_hidden = Some(match (on_host.is_some(), d_rows.is_empty()) {
+                (true, _) => host::tensor(d_values, [n, width], &device),
+                (false, true) => Tensor::zeros([n, width], &device),
+                (false, false) => {
+                    let rows = positions.iter().map(|position| position.row as i32).collect();
+                    let zeros = Tensor::zeros([n, width], &device);
+                    let index = int_tensor::<B>(rows, &device);
+                    zeros.select_assign(0, index, Tensor::cat(d_rows, 0), IndexingUpdateOp::Add)
+                }
+            });
         }
         Ok(result)
     }
 
-    /// Losses of the rows `x [n, hidden]` and, with a scale, the gradient of their sum times it.
+    /// Losses of some positions and, with scales, the gradient of their sum times those.
     fn chunk(
         &self,
-        x: Tensor<B, 2>,
-        targets: Tensor<B, 2, Int>,
-        scale: Option<f64>,
+        hidden: &Tensor<B, 2>,
+        positions: &[Position],
+        scales: Option<&[f64]>,
     ) -> (Vec<f32>, Option<Tensor<B, 2>>) {
+        let device = hidden.device();
+        let column = |values: Vec<i32>| int_tensor::<B>(values, &device);
+        let rows = column(positions.iter().map(|position| position.row as i32).collect());
+        let targets = column(positions.iter().map(|position| position.target as i32).collect());
+        let targets = targets.unsqueeze_dim::<2>(1);
+        let x = hidden.clone().select(0, rows);
         let logits = self
             .norm
             .forward(x.clone())
@@ -200,35 +226,85 @@ impl<B: Backend> Head<B> {
         let exponentials = (logits - largest).exp();
         let sums = exponentials.clone().sum_dim(1);
         let losses = sums.clone().log() - target_logits;
-        let d_x = scale.map(|scale| {
-            let [n, _] = x.dims();
-            let ones = Tensor::full([n, 1], -scale, &x.device());
-            let d_logits = exponentials * sums.recip().mul_scalar(scale);
-            let d_logits = d_logits.scatter(1, targets, ones, IndexingUpdateOp::Add);
+        let d_x = scales.map(|scales| {
+            let scales: Vec<f32> = positions.iter().map(|p| scales[p.sequence] as f32).collect();
+            let scales = Tensor::from_data(TensorData::new(scales, [positions.len(), 1]), &device);
+            let d_logits = exponentials * (sums.recip() * scales.clone());
+            let d_logits = d_logits.scatter(1, targets, scales.neg(), IndexingUpdateOp::Add);
             self.norm.backward(&x, d_logits.matmul(self.weight.clone()))
         });
-        let losses = losses.into_data().convert::<f32>().into_vec();
-        (losses.expect("invariant: converted to f32"), d_x)
+        (host::take(losses), d_x)
+    }
+
+    /// As [`Head::chunk`] of `hidden` in host memory, with the gradient put into its rows of `d_hidden`.
+    fn chunk_on_host(
+        &self,
+        hidden: &[f32],
+        positions: &[Position],
+        scales: Option<&[f64]>,
+        d_hidden: &mut [f32],
+    ) -> Vec<f32> {
+        let [vocab, width] = self.weight.dims();
+        let of = |x: Option<HostTensor>| x.expect("invariant: tensors are in host memory");
+        let (weight, norm) = (of(HostTensor::of(&self.weight)), of(HostTensor::of(&self.norm.weight)));
+        let epsilon = self.norm.epsilon as f32;
+        let (n, scale) = (positions.len(), |p: &Position| scales.map(|s| s[p.sequence] as f32));
+        let mut x = Vec::with_capacity(n * width);
+        for position in positions {
+            x.extend_from_slice(&hidden[position.row * width..][..width]);
+        }
+        let normed = host::rms_norm(&x, norm.values(), epsilon);
+        let weight = View::new(weight.values(), [vocab, width], width);
+        let mut logits = vec![0.0f32; n * vocab];
+        let normed = View::new(&normed, [n, width], width);
+        product_parallel(&mut logits, vocab, false, 1.0, normed, weight.transposed());
+        let mut losses = vec![0.0f32; n];
+        let rows = logits.par_chunks_exact_mut(vocab).zip(&mut losses).zip(positions);
+        rows.for_each(|((logits, loss), position)| {
+            wide(|| *loss = softmax_slope(logits, position.target, scale(position)));
+        });
+        if scales.is_some() {
+            let mut d_normed = vec![0.0f32; n * width];
+            let d_logits = View::new(&logits, [n, vocab], vocab);
+            product_parallel(&mut d_normed, width, false, 1.0, d_logits, weight);
+            let d_x = host::rms_norm_backward(&x, &d_normed, norm.values(), epsilon);
+            for (position, d_x) in positions.iter().zip(d_x.chunks_exact(width)) {
+                d_hidden[position.row * width..][..width].copy_from_slice(d_x);
+            }
+        }
+        losses
     }
 }
 
-/// Rows of `[batch * seq]` that have a next label, and that label.
-fn trained_positions<S: AsRef<[i64]>>(
-    labels: &[S],
-    [batch, seq, vocab]: [usize; 3],
-) -> Result<(Vec<i32>, Vec<i32>)> {
-    let lengths_fit = labels.len() == batch && labels.iter().all(|own| own.as_ref().len() == seq);
-    if !lengths_fit {
-        let found = format!("{} sequences, or another length", labels.len());
-        return Err(Error::tensor(
-            "labels",
-            format!("{batch} sequences of {seq}"),
-            found,
-        ));
+/// The loss of a row of logits and, with a scale, in place of the logits the gradient of the loss times it.
+#[inline(always)]
+fn softmax_slope(logits: &mut [f32], target: usize, scale: Option<f32>) -> f32 {
+    let largest = logits.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m });
+    let target_logit = logits[target] - largest;
+    for x in logits.iter_mut() {
+        *x = exp(*x - largest);
     }
-    let (mut places, mut targets) = (Vec::new(), Vec::new());
+    let total = sum(logits);
+    if let Some(scale) = scale {
+        let factor = scale / total;
+        for x in logits.iter_mut() {
+            *x *= factor;
+        }
+        logits[target] -= scale;
+    }
+    total.ln() - target_logit
+}
+
+/// The rows that have a next label, and that label.
+fn trained_positions<S: AsRef<[i64]>>(labels: &[S], [n, vocab]: [usize; 2]) -> Result<Vec<Position>> {
+    let found: usize = labels.iter().map(|own| own.as_ref().len()).sum();
+    if found != n {
+        return Err(Error::tensor("labels", format!("{n} labels"), found.to_string()));
+    }
+    let mut positions = Vec::new();
+    let mut first = 0;
     for (sequence, own) in labels.iter().map(AsRef::as_ref).enumerate() {
-        for (position, label) in own.iter().skip(1).enumerate() {
+        for (place, label) in own.iter().skip(1).enumerate() {
             if *label == IGNORED_LABEL {
                 continue;
             }
@@ -236,9 +312,13 @@ fn trained_positions<S: AsRef<[i64]>>(
                 let expected = format!("{IGNORED_LABEL} or an id below {vocab}");
                 return Err(Error::tensor("labels", expected, label.to_string()));
             }
-            places.push((sequence * seq + position) as i32);
-            targets.push(*label as i32);
+            positions.push(Position {
+                row: first + place,
+                target: *label as usize,
+                sequence,
+            });
         }
+        first += own.len();
     }
-    Ok((places, targets))
+    Ok(positions)
 }

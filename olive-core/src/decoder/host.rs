@@ -1,23 +1,25 @@
 //! Single-pass kernels for tensors that the backend keeps in host memory.
 //!
 //! Burn's CPU backend walks broadcast and transposed operands element by element; what is not a matrix product in a
-//! layer is done here in one pass over plain slices instead. Every kernel has its formula in plain Burn operations
-//! beside it, which other backends run and against which the tests compare.
+//! layer is done here in one pass over plain slices instead, shared by the threads of the pool. Every kernel has its
+//! formula in plain Burn operations beside it, which other backends run and against which the tests compare.
 
 use std::any::Any;
 
 use burn::backend::flex::FlexTensor;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
+use rayon::prelude::*;
 
 use super::Cpu;
 use crate::arch::Activation;
+use crate::kernels::{dot, sigmoid, wide};
 
-/// Numbers that are summed side by side, so that a sum keeps its order whatever the vector width.
-const LANES: usize = 16;
+/// Elements that one task handles.
+const TASK: usize = 1 << 16;
 
 /// A contiguous `f32` tensor in host memory.
-pub(super) struct HostTensor(FlexTensor);
+pub struct HostTensor(FlexTensor);
 
 impl HostTensor {
     /// The tensor's memory, if it is the host's and holds `f32`.
@@ -36,6 +38,17 @@ impl HostTensor {
     }
 }
 
+/// Whether tensors of this backend are in host memory.
+pub(super) fn is_host<B: Backend>() -> bool {
+    std::any::TypeId::of::<B>() == std::any::TypeId::of::<Cpu>()
+}
+
+/// The elements of a tensor in host memory; not copied if nobody else holds it.
+pub(super) fn take<B: Backend, const D: usize>(x: Tensor<B, D>) -> Vec<f32> {
+    let values = x.into_data().convert::<f32>().into_vec();
+    values.expect("invariant: converted to f32")
+}
+
 /// A tensor from host memory.
 pub(super) fn tensor<B: Backend, const D: usize>(
     values: Vec<f32>,
@@ -45,60 +58,45 @@ pub(super) fn tensor<B: Backend, const D: usize>(
     Tensor::from_data(TensorData::new(values, shape), device)
 }
 
-/// `Σ a b`, in lanes.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let (a_chunks, a_rest) = a.as_chunks::<LANES>();
-    let (b_chunks, b_rest) = b.as_chunks::<LANES>();
-    for (a, b) in a_chunks.iter().zip(b_chunks) {
-        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane += a * b;
+/// Calls `f(first row, rows)` for pieces of `out`, rows of `width`, compiled for wide registers.
+pub(super) fn by_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    let rows = (TASK / width.max(1)).max(1);
+    let pieces = out.par_chunks_mut((rows * width).max(1)).enumerate();
+    pieces.for_each(|(index, out)| wide(|| f(index * rows, out)));
+}
+
+/// Adds `other` to `values`, element by element.
+pub(super) fn add(values: &mut [f32], other: &[f32]) {
+    by_rows(values, 1, |first, values| {
+        for (value, other) in values.iter_mut().zip(&other[first..]) {
+            *value += other;
         }
-    }
-    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    lanes.iter().sum::<f32>() + rest
+    });
 }
 
-/// `eˣ` within two units in the last place for `x <= 88`; 0 below -87.3. Without branches, so that loops over it
-/// become vector code.
-#[inline]
-pub(super) fn exp(x: f32) -> f32 {
-    const LOG2_E: f32 = std::f32::consts::LOG2_E;
-    // ln 2 in two parts, the first exact in few bits.
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    // Adding and subtracting it rounds to a whole number.
-    const ROUND: f32 = 12_582_912.0;
-    let clamped = x.clamp(-87.3, 88.0);
-    let n = (clamped * LOG2_E + ROUND) - ROUND;
-    let r = (clamped - n * LN2_HIGH) - n * LN2_LOW;
-    // Taylor's coefficients, adjusted to |r| <= ln 2 / 2 (Cephes).
-    let p = 1.987_569_1e-4f32;
-    let p = p * r + 1.398_2e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let power = f32::from_bits((((n as i32) + 127) << 23) as u32);
-    let value = (p * r * r + r + 1.0) * power;
-    if x < -87.3 { 0.0 } else { value }
-}
-
-#[inline]
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x.max(-88.0)))
+/// Adds `row` to every row.
+pub(super) fn add_to_rows(values: &mut [f32], row: &[f32]) {
+    by_rows(values, row.len(), |_, values| {
+        for values in values.chunks_exact_mut(row.len()) {
+            for (value, other) in values.iter_mut().zip(row) {
+                *value += other;
+            }
+        }
+    });
 }
 
 /// RMS norm of rows of `weight.len()` elements.
 pub(super) fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
     let n = weight.len();
     let mut y = vec![0.0; x.len()];
-    for (x, y) in x.chunks_exact(n).zip(y.chunks_exact_mut(n)) {
-        let inverse = 1.0 / (dot(x, x) / n as f32 + epsilon).sqrt();
-        for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-            *y = x * inverse * w;
+    by_rows(&mut y, n, |first, y| {
+        for (x, y) in x[first * n..].chunks_exact(n).zip(y.chunks_exact_mut(n)) {
+            let inverse = 1.0 / (dot(x, x) / n as f32 + epsilon).sqrt();
+            for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+                *y = x * inverse * w;
+            }
         }
-    }
+    });
     y
 }
 
@@ -106,26 +104,41 @@ pub(super) fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
 pub(super) fn rms_norm_backward(x: &[f32], dy: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
     let n = weight.len();
     let mut dx = vec![0.0; x.len()];
-    for ((x, dy), dx) in x
-        .chunks_exact(n)
-        .zip(dy.chunks_exact(n))
-        .zip(dx.chunks_exact_mut(n))
-    {
-        let inverse = 1.0 / (dot(x, x) / n as f32 + epsilon).sqrt();
-        for ((g, dy), w) in dx.iter_mut().zip(dy).zip(weight) {
-            *g = dy * w;
+    by_rows(&mut dx, n, |first, dx| {
+        let rows = x[first * n..].chunks_exact(n).zip(dy[first * n..].chunks_exact(n));
+        for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(n)) {
+            norm_slope(x, dy, dx, weight, epsilon);
         }
-        let shared = dot(dx, x) / n as f32 * inverse * inverse;
-        for (g, x) in dx.iter_mut().zip(x) {
-            *g = (*g - x * shared) * inverse;
-        }
-    }
+    });
     dx
+}
+
+/// One row of [`rms_norm_backward`].
+#[inline(always)]
+fn norm_slope(x: &[f32], dy: &[f32], dx: &mut [f32], weight: &[f32], epsilon: f32) {
+    let n = weight.len() as f32;
+    let inverse = 1.0 / (dot(x, x) / n + epsilon).sqrt();
+    for ((g, dy), w) in dx.iter_mut().zip(dy).zip(weight) {
+        *g = dy * w;
+    }
+    let shared = dot(dx, x) / n * inverse * inverse;
+    for (g, x) in dx.iter_mut().zip(x) {
+        *g = (*g - x * shared) * inverse;
+    }
 }
 
 /// `f(gate) · up` of rows `[gate, up]`.
 pub(super) fn gated(activation: Activation, both: &[f32], width: usize) -> Vec<f32> {
     let mut inner = vec![0.0; both.len() / 2];
+    by_rows(&mut inner, width, |first, inner| {
+        gated_rows(activation, &both[first * 2 * width..], inner, width);
+    });
+    inner
+}
+
+/// [`gated`] into `inner`, on this thread.
+#[inline(always)]
+pub(super) fn gated_rows(activation: Activation, both: &[f32], inner: &mut [f32], width: usize) {
     for (row, inner) in both.chunks_exact(2 * width).zip(inner.chunks_exact_mut(width)) {
         let (gate, up) = row.split_at(width);
         let gate_up = gate.iter().zip(up);
@@ -142,7 +155,6 @@ pub(super) fn gated(activation: Activation, both: &[f32], width: usize) -> Vec<f
             }
         }
     }
-    inner
 }
 
 /// The gradient of the input of [`gated`].
@@ -153,26 +165,40 @@ pub(super) fn gated_backward(
     width: usize,
 ) -> Vec<f32> {
     let mut d_both = vec![0.0; both.len()];
-    for ((row, d_inner), d_row) in both
-        .chunks_exact(2 * width)
-        .zip(d_inner.chunks_exact(width))
-        .zip(d_both.chunks_exact_mut(2 * width))
-    {
-        let (gate, up) = row.split_at(width);
-        let (d_gate, d_up) = d_row.split_at_mut(width);
-        for i in 0..width {
-            let (value, slope) = match activation {
-                Activation::Silu => {
-                    let s = sigmoid(gate[i]);
-                    (gate[i] * s, s * (1.0 + gate[i] * (1.0 - s)))
-                }
-                Activation::GeluTanh => gelu(gate[i]),
-            };
-            d_gate[i] = d_inner[i] * up[i] * slope;
-            d_up[i] = d_inner[i] * value;
+    by_rows(&mut d_both, 2 * width, |first, d_both| {
+        let rows = both[first * 2 * width..]
+            .chunks_exact(2 * width)
+            .zip(d_inner[first * width..].chunks_exact(width));
+        for ((row, d_inner), d_row) in rows.zip(d_both.chunks_exact_mut(2 * width)) {
+            gate_slope(activation, row, d_inner, d_row);
+        }
+    });
+    d_both
+}
+
+/// One row of [`gated_backward`].
+#[inline(always)]
+fn gate_slope(activation: Activation, row: &[f32], d_inner: &[f32], d_row: &mut [f32]) {
+    let (gate, up) = row.split_at(d_inner.len());
+    let (d_gate, d_up) = d_row.split_at_mut(d_inner.len());
+    let inputs = gate.iter().zip(up).zip(d_inner);
+    let slopes = d_gate.iter_mut().zip(d_up);
+    match activation {
+        Activation::Silu => {
+            for (((g, u), d), (d_gate, d_up)) in inputs.zip(slopes) {
+                let s = sigmoid(*g);
+                *d_gate = d * u * (s * (1.0 + g * (1.0 - s)));
+                *d_up = d * (g * s);
+            }
+        }
+        Activation::GeluTanh => {
+            for (((g, u), d), (d_gate, d_up)) in inputs.zip(slopes) {
+                let (value, slope) = gelu(*g);
+                *d_gate = d * u * slope;
+                *d_up = d * value;
+            }
         }
     }
-    d_both
 }
 
 /// GELU by its tanh approximation, and its derivative.
@@ -187,191 +213,95 @@ fn gelu(x: f32) -> (f32, f32) {
     )
 }
 
-/// Where the heads of a tensor are: columns `first..first + heads * head_dim` of rows of `width`.
+/// Rotary tables `[seq, half]`, for the heads in the first columns of rows.
 #[derive(Clone, Copy)]
-pub(super) struct HeadColumns {
-    pub width: usize,
-    pub first: usize,
+pub(super) struct Rotation<'a> {
+    pub cos: &'a [f32],
+    pub sin: &'a [f32],
+    /// Pairs of a head that are rotated.
+    pub half: usize,
+    /// 1, or -1 to turn back.
+    pub sign: f32,
+    /// Heads that are rotated, from the first column on.
     pub heads: usize,
     pub head_dim: usize,
 }
 
-/// `[batch * seq, width]` to `[batch, heads, seq, head_dim]`.
-pub(super) fn split_heads(rows: &[f32], batch: usize, columns: HeadColumns) -> Vec<f32> {
-    let HeadColumns {
-        width,
-        first,
-        heads,
-        head_dim,
-    } = columns;
-    let seq = rows.len() / width / batch;
-    let mut out = Vec::with_capacity(batch * heads * seq * head_dim);
-    for sequence in rows.chunks_exact(seq * width) {
-        for head in 0..heads {
-            let at = first + head * head_dim;
-            for row in sequence.chunks_exact(width) {
-                out.extend_from_slice(&row[at..at + head_dim]);
-            }
-        }
+impl Rotation<'_> {
+    /// Rotates one sequence of rows of `width`, in place.
+    pub fn apply(&self, rows: &mut [f32], width: usize) {
+        by_rows(rows, width, |first, rows| self.turn(first, rows, width));
     }
-    out
-}
 
-/// The inverse of [`split_heads`], into columns of `rows`.
-pub(super) fn merge_heads(values: &[f32], rows: &mut [f32], batch: usize, columns: HeadColumns) {
-    let HeadColumns {
-        width,
-        first,
-        heads,
-        head_dim,
-    } = columns;
-    let seq = rows.len() / width / batch;
-    let mut parts = values.chunks_exact(head_dim);
-    for sequence in rows.chunks_exact_mut(seq * width) {
-        for head in 0..heads {
-            let at = first + head * head_dim;
-            for (row, part) in sequence.chunks_exact_mut(width).zip(parts.by_ref()) {
-                row[at..at + head_dim].copy_from_slice(part);
+    /// Rotates the rows from position `first` on, on this thread.
+    #[inline(always)]
+    pub fn turn(&self, first: usize, rows: &mut [f32], width: usize) {
+        let half = self.half;
+        let tables = self.cos[first * half..]
+            .chunks_exact(half)
+            .zip(self.sin[first * half..].chunks_exact(half));
+        for (row, (cos, sin)) in rows.chunks_exact_mut(width).zip(tables) {
+            for vector in row.chunks_exact_mut(self.head_dim).take(self.heads) {
+                let (low, rest) = vector.split_at_mut(half);
+                for ((a, b), (cos, sin)) in low.iter_mut().zip(rest).zip(cos.iter().zip(sin)) {
+                    let sin = sin * self.sign;
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                }
             }
         }
     }
 }
 
-/// Rotates the first `2 half` elements of vectors of `head_dim` by the tables `[seq, half]`, in place; `sign` -1 turns
-/// back.
-pub(super) fn rotate(x: &mut [f32], head_dim: usize, (cos, sin): (&[f32], &[f32]), half: usize, sign: f32) {
-    for sequence in x.chunks_exact_mut(cos.len() / half * head_dim) {
-        let tables = cos.chunks_exact(half).zip(sin.chunks_exact(half));
-        for (vector, (cos, sin)) in sequence.chunks_exact_mut(head_dim).zip(tables) {
-            let (first, rest) = vector.split_at_mut(half);
-            for ((a, b), (cos, sin)) in first.iter_mut().zip(rest).zip(cos.iter().zip(sin)) {
-                let sin = sin * sign;
-                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+/// RMS norm of each head of `columns` (the first column, and how many heads), in place.
+pub(super) fn norm_heads(
+    rows: &mut [f32],
+    width: usize,
+    columns: (usize, usize),
+    weight: &[f32],
+    epsilon: f32,
+) {
+    by_rows(rows, width, |_, rows| norm_head_rows(rows, width, columns, weight, epsilon));
+}
+
+/// [`norm_heads`] on this thread.
+#[inline(always)]
+pub(super) fn norm_head_rows(
+    rows: &mut [f32],
+    width: usize,
+    (first, heads): (usize, usize),
+    weight: &[f32],
+    epsilon: f32,
+) {
+    let d = weight.len();
+    for row in rows.chunks_exact_mut(width) {
+        for vector in row[first..first + heads * d].chunks_exact_mut(d) {
+            let inverse = 1.0 / (dot(vector, vector) / d as f32 + epsilon).sqrt();
+            for (x, w) in vector.iter_mut().zip(weight) {
+                *x = *x * inverse * w;
             }
         }
     }
 }
 
-/// Which scores `[rows, keys]` of a block are seen: row `r` is query `first_query + r % queries`.
-#[derive(Clone, Copy)]
-pub(super) struct CausalRows {
-    pub first_query: usize,
-    pub queries: usize,
-    pub first_key: usize,
-    pub keys: usize,
-    pub window: usize,
-}
-
-impl CausalRows {
-    fn seen(&self, row: usize) -> std::ops::Range<usize> {
-        let query = self.first_query + row % self.queries;
-        let oldest = (query + 1).saturating_sub(self.window).max(self.first_key);
-        oldest - self.first_key..query + 1 - self.first_key
-    }
-}
-
-/// Softmax of each row over the keys that it sees, in place; 0 elsewhere.
-pub(super) fn causal_softmax(scores: &mut [f32], rows: CausalRows) {
-    for (index, row) in scores.chunks_exact_mut(rows.keys).enumerate() {
-        let seen = rows.seen(index);
-        row[..seen.start].fill(0.0);
-        row[seen.end..].fill(0.0);
-        let row = &mut row[seen];
-        let mut lanes = [f32::NEG_INFINITY; LANES];
-        let (chunks, rest) = row.as_chunks::<LANES>();
-        for chunk in chunks {
-            for (lane, x) in lanes.iter_mut().zip(chunk) {
-                *lane = if *x > *lane { *x } else { *lane };
+/// The gradient of the input of [`norm_heads`], in place of that of its output; `x` is that input.
+pub(super) fn norm_heads_backward(
+    x: &[f32],
+    d_rows: &mut [f32],
+    width: usize,
+    (first, heads): (usize, usize),
+    weight: &[f32],
+    epsilon: f32,
+) {
+    let d = weight.len();
+    by_rows(d_rows, width, |row, d_rows| {
+        let mut slope = vec![0.0; d];
+        let rows = x[row * width..].chunks_exact(width).zip(d_rows.chunks_exact_mut(width));
+        for (x, d_row) in rows {
+            let vectors = x[first..first + heads * d].chunks_exact(d);
+            for (x, dy) in vectors.zip(d_row[first..first + heads * d].chunks_exact_mut(d)) {
+                norm_slope(x, dy, &mut slope, weight, epsilon);
+                dy.copy_from_slice(&slope);
             }
         }
-        let largest = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, x| m.max(*x));
-        row.iter_mut().for_each(|x| *x = exp(*x - largest));
-        let inverse = 1.0 / sum(row);
-        row.iter_mut().for_each(|x| *x *= inverse);
-    }
-}
-
-/// `Σ a`, in lanes.
-fn sum(a: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let (chunks, rest) = a.as_chunks::<LANES>();
-    for chunk in chunks {
-        for (lane, a) in lanes.iter_mut().zip(chunk) {
-            *lane += a;
-        }
-    }
-    lanes.iter().sum::<f32>() + rest.iter().sum::<f32>()
-}
-
-/// `dS = P ∘ (dP - rowsum(dO ∘ O))`, into `dp`; `p` is 0 where a key is not seen.
-pub(super) fn softmax_backward(p: &[f32], dp: &mut [f32], row_sums: &[f32]) {
-    let keys = p.len() / row_sums.len().max(1);
-    let rows = p.chunks_exact(keys).zip(dp.chunks_exact_mut(keys));
-    for ((p, dp), row_sum) in rows.zip(row_sums) {
-        for (dp, p) in dp.iter_mut().zip(p) {
-            *dp = p * (*dp - row_sum);
-        }
-    }
-}
-
-/// `rowsum(a ∘ b)` of rows of `width`.
-pub(super) fn row_dots(a: &[f32], b: &[f32], width: usize) -> Vec<f32> {
-    let rows = a.chunks_exact(width).zip(b.chunks_exact(width));
-    rows.map(|(a, b)| dot(a, b)).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_exponential_is_accurate_and_saturates() {
-        for i in -8700..8800 {
-            let x = i as f32 * 0.01 + 0.000_37;
-            let exact = f64::from(x).exp();
-            let relative = (f64::from(exp(x)) / exact - 1.0).abs();
-            assert!(relative < 2.5e-7, "{x}: {relative}");
-        }
-        assert_eq!(exp(0.0), 1.0);
-        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
-        assert_eq!(exp(-200.0), 0.0);
-        assert!(exp(f32::NAN).is_nan());
-        assert!(sigmoid(-1000.0) < 1e-37 && sigmoid(1000.0) == 1.0);
-    }
-
-    #[test]
-    fn heads_are_split_and_merged_back() {
-        let columns = HeadColumns {
-            width: 14,
-            first: 3,
-            heads: 2,
-            head_dim: 4,
-        };
-        let rows: Vec<f32> = (0..2 * 5 * 14).map(|i| i as f32).collect();
-        let heads = split_heads(&rows, 2, columns);
-        // Batch 1, head 1, position 2, element 3.
-        assert_eq!(heads[((2 + 1) * 5 + 2) * 4 + 3], rows[(5 + 2) * 14 + 3 + 4 + 3]);
-        let mut back = vec![-1.0; rows.len()];
-        merge_heads(&heads, &mut back, 2, columns);
-        for (i, (found, expected)) in back.iter().zip(&rows).enumerate() {
-            let inside = (3..11).contains(&(i % 14));
-            assert_eq!(*found, if inside { *expected } else { -1.0 });
-        }
-    }
-
-    #[test]
-    fn softmax_sees_the_window_only() {
-        let rows = CausalRows {
-            first_query: 4,
-            queries: 2,
-            first_key: 2,
-            keys: 4,
-            window: 2,
-        };
-        let mut scores = vec![0.0; 4 * 4];
-        causal_softmax(&mut scores, rows);
-        let expected = [0.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.5, 0.5].repeat(2);
-        assert_eq!(scores[4..8], expected[4..8]);
-        assert_eq!(scores, expected);
-    }
+    });
 }

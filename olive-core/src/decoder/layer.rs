@@ -4,10 +4,10 @@ use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 
 use super::activation;
-use super::attention::{self, Heads};
+use super::attend::{Attend, AttendTape, join};
 use super::dropout::DropoutStream;
-use super::host::{self, HeadColumns, HostTensor};
 use super::linear::{Linear, LinearTape, LowRankGradient};
+use super::matmul;
 use super::norm::RmsNorm;
 use super::sequence::SequenceTables;
 use crate::arch::{Activation, LinearRole, ModelSpec};
@@ -49,18 +49,15 @@ pub struct DecoderLayer<B: Backend> {
 
 /// What the backward needs from the forward; `[rows, features]` with the batch's tokens as rows.
 pub struct LayerTape<B: Backend> {
-    batch: usize,
     x: Tensor<B, 2>,
-    normed: Tensor<B, 2>,
-    /// Queries and keys before their norms, where there are any.
-    unnormed: Option<(Tensor<B, 4>, Tensor<B, 4>)>,
-    heads: Heads<B>,
-    attended: Tensor<B, 4>,
-    attended_rows: Tensor<B, 2>,
+    /// Inputs of linears are kept where a low-rank part reads them.
+    normed: Option<Tensor<B, 2>>,
+    attend: AttendTape<B>,
+    attended: Tensor<B, 2>,
     middle: Tensor<B, 2>,
-    middle_normed: Tensor<B, 2>,
+    middle_normed: Option<Tensor<B, 2>>,
     gate_up: Tensor<B, 2>,
-    inner: Tensor<B, 2>,
+    inner: Option<Tensor<B, 2>>,
     linears: Vec<(LinearRole, LinearTape<B>)>,
 }
 
@@ -163,12 +160,12 @@ impl<B: Backend> DecoderLayer<B> {
         self.show(&QKV, &normed, observe);
         let mut tape = Vec::new();
         let none = DropoutStream::none();
-        let rows = normed.reshape([batch * seq, hidden]);
-        let (heads, _) = self.project_heads(rows, batch, tables, &none, &mut tape);
-        let attended = self.merge_heads(attention::forward(&heads, tables, self.scale));
-        let attended = attended.reshape([batch, seq, self.n_heads * self.head_dim]);
+        let qkv = self.apply(&QKV, normed.reshape([batch * seq, hidden]), &none, &mut tape);
+        let (rows, _) = self.attend().forward(qkv, &vec![tables; batch]);
+        let width = self.n_heads * self.head_dim;
+        let attended = rows.reshape([batch, seq, width]);
         self.show(&[LinearRole::O], &attended, observe);
-        let rows = attended.reshape([batch * seq, self.n_heads * self.head_dim]);
+        let rows = attended.reshape([batch * seq, width]);
         let output = self.apply(&[LinearRole::O], rows, &none, &mut tape);
         output.reshape([batch, seq, hidden])
     }
@@ -189,124 +186,83 @@ impl<B: Backend> DecoderLayer<B> {
             .reshape([batch, seq, hidden])
     }
 
-    /// As [`DecoderLayer::forward`] with dropout on the inputs of the low-rank parts, and what
-    /// [`DecoderLayer::backward`] needs. `dropout` is this layer's own stream.
+    /// As [`DecoderLayer::forward`] for rows `[n, hidden]` of `sequences` that follow one another, each with the
+    /// tables of its length, with dropout on the inputs of the low-rank parts; and what [`DecoderLayer::backward`]
+    /// needs. `dropout` is this layer's own stream.
     pub fn forward_train(
         &self,
-        x: Tensor<B, 3>,
-        tables: &SequenceTables<B>,
+        x: Tensor<B, 2>,
+        sequences: &[&SequenceTables<B>],
         dropout: &DropoutStream,
-    ) -> (Tensor<B, 3>, LayerTape<B>) {
-        let [batch, seq, hidden] = x.dims();
+    ) -> (Tensor<B, 2>, LayerTape<B>) {
         let mut linears = Vec::new();
-        let x = x.reshape([batch * seq, hidden]);
         let normed = self.input_norm.forward(x.clone());
-        let (heads, unnormed) = self.project_heads(normed.clone(), batch, tables, dropout, &mut linears);
-        let attended = attention::forward(&heads, tables, self.scale);
-        let attended_rows = self.merge_heads(attended.clone());
-        let middle = x.clone() + self.apply(&[LinearRole::O], attended_rows.clone(), dropout, &mut linears);
+        let qkv = self.apply(&QKV, normed.clone(), dropout, &mut linears);
+        let (attended, attend) = self.attend().forward(qkv, sequences);
+        let output = self.apply(&[LinearRole::O], attended.clone(), dropout, &mut linears);
+        let middle = matmul::add(x.clone(), output);
         let middle_normed = self.post_attention_norm.forward(middle.clone());
         let gate_up = self.apply(&GATE_UP, middle_normed.clone(), dropout, &mut linears);
         let inner = activation::gated(self.activation, &gate_up);
-        let y = middle.clone() + self.apply(&[LinearRole::Down], inner.clone(), dropout, &mut linears);
+        let output = self.apply(&[LinearRole::Down], inner.clone(), dropout, &mut linears);
+        let y = matmul::add(middle.clone(), output);
+        let kept = |roles: &[LinearRole], x| self.of(roles).any(|(_, l)| l.low_rank.is_some()).then_some(x);
         let tape = LayerTape {
-            batch,
             x,
-            normed,
-            unnormed,
-            heads,
+            normed: kept(&QKV, normed),
+            attend,
             attended,
-            attended_rows,
             middle,
-            middle_normed,
+            middle_normed: kept(&GATE_UP, middle_normed),
             gate_up,
-            inner,
+            inner: kept(&[LinearRole::Down], inner),
             linears,
         };
-        (y.reshape([batch, seq, hidden]), tape)
+        (y, tape)
     }
 
-    /// From the gradient of the output that of the input, both `[batch, seq, hidden]`; gradients of low-rank parts
-    /// are appended to `gradients`. `tables` and `dropout` are those of the forward.
+    /// From the gradient of the output that of the input, both `[n, hidden]`; gradients of low-rank parts are appended
+    /// to `gradients`. `sequences` and `dropout` are those of the forward.
     pub fn backward(
         &self,
         tape: LayerTape<B>,
-        dy: Tensor<B, 3>,
-        tables: &SequenceTables<B>,
+        dy: Tensor<B, 2>,
+        sequences: &[&SequenceTables<B>],
         dropout: &DropoutStream,
         gradients: &mut LayerGradients<B>,
-    ) -> Tensor<B, 3> {
-        let [batch, seq, hidden] = dy.dims();
+    ) -> Tensor<B, 2> {
         let mut tapes = tape.linears;
-        let mut back = |roles: &[LinearRole], x: &Tensor<B, 2>, dy: Tensor<B, 2>| {
+        // An input that was not kept is not read either.
+        let unread = tape.x.clone();
+        let mut back = |roles: &[LinearRole], x: Option<&Tensor<B, 2>>, dy: Tensor<B, 2>| {
+            let x = x.unwrap_or(&unread);
             self.apply_backward(roles, x, dy, dropout, (&mut tapes, gradients))
         };
-        let dy = dy.reshape([batch * seq, hidden]);
-
-        let d_inner = back(&[LinearRole::Down], &tape.inner, dy.clone());
+        let d_inner = back(&[LinearRole::Down], tape.inner.as_ref(), dy.clone());
         let d_gate_up = activation::gated_backward(self.activation, &tape.gate_up, d_inner);
-        let d_normed = back(&GATE_UP, &tape.middle_normed, d_gate_up);
-        let d_middle = dy + self.post_attention_norm.backward(&tape.middle, d_normed);
+        drop((tape.gate_up, tape.inner));
+        let d_normed = back(&GATE_UP, tape.middle_normed.as_ref(), d_gate_up);
+        let d_middle = matmul::add(dy, self.post_attention_norm.backward(&tape.middle, d_normed));
 
-        let d_rows = back(&[LinearRole::O], &tape.attended_rows, d_middle.clone());
-        let d_attended = self.split_heads(d_rows, tape.batch, self.n_heads);
-        let d_heads = attention::backward(&tape.heads, &tape.attended, d_attended, tables, self.scale);
-        let mut dq = tables.rotate_back(d_heads.q);
-        let mut dk = tables.rotate_back(d_heads.k);
-        if let Some((q, k)) = &tape.unnormed {
-            dq = backward_norm(self.q_norm.as_ref(), q, dq);
-            dk = backward_norm(self.k_norm.as_ref(), k, dk);
-        }
-        let d_qkv = self.join_heads(Heads {
-            q: dq,
-            k: dk,
-            v: d_heads.v,
-        });
-        let d_normed = back(&QKV, &tape.normed, d_qkv);
-        let dx = d_middle + self.input_norm.backward(&tape.x, d_normed);
-        dx.reshape([batch, seq, hidden])
+        let d_rows = back(&[LinearRole::O], Some(&tape.attended), d_middle.clone());
+        let d_qkv = self.attend().backward(tape.attend, &tape.attended, d_rows, sequences);
+        let d_normed = back(&QKV, tape.normed.as_ref(), d_qkv);
+        matmul::add(d_middle, self.input_norm.backward(&tape.x, d_normed))
     }
 
-    /// Heads after norm and rotation, and queries and keys before their norm if they have one.
-    #[expect(
-        clippy::type_complexity,
-        reason = "a pair of head tensors, named where it is stored"
-    )]
-    fn project_heads(
-        &self,
-        rows: Tensor<B, 2>,
-        batch: usize,
-        tables: &SequenceTables<B>,
-        dropout: &DropoutStream,
-        tape: &mut Vec<(LinearRole, LinearTape<B>)>,
-    ) -> (Heads<B>, Option<(Tensor<B, 4>, Tensor<B, 4>)>) {
-        let qkv = self.apply(&QKV, rows, dropout, tape);
-        let [n, _] = qkv.dims();
-        let (q_size, kv_size) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
-        let on_host = HostTensor::of(&qkv);
-        let part = |from: usize, size: usize, heads| match &on_host {
-            Some(rows) => {
-                let columns = self.columns(q_size + 2 * kv_size, from, heads);
-                let values = host::split_heads(rows.values(), batch, columns);
-                host::tensor(values, [batch, heads, n / batch, self.head_dim], &qkv.device())
-            }
-            None => self.split_heads(qkv.clone().slice([0..n, from..from + size]), batch, heads),
-        };
-        let q = part(0, q_size, self.n_heads);
-        let k = part(q_size, kv_size, self.n_kv_heads);
-        let v = part(q_size + kv_size, kv_size, self.n_kv_heads);
-        let normed = self.q_norm.is_some() || self.k_norm.is_some();
-        let unnormed = normed.then(|| (q.clone(), k.clone()));
-        let norm = |norm: Option<&RmsNorm<B>>, x: Tensor<B, 4>| match norm {
-            Some(norm) => norm.forward(x),
-            None => x,
-        };
-        let heads = Heads {
-            q: tables.rotate(norm(self.q_norm.as_ref(), q)),
-            k: tables.rotate(norm(self.k_norm.as_ref(), k)),
-            v,
-        };
-        (heads, unnormed)
+    pub(super) fn activation(&self) -> Activation {
+        self.activation
+    }
+
+    pub(super) fn attend(&self) -> Attend<'_, B> {
+        Attend {
+            q_norm: self.q_norm.as_ref(),
+            k_norm: self.k_norm.as_ref(),
+            n_heads: self.n_heads,
+            n_kv_heads: self.n_kv_heads,
+            head_dim: self.head_dim,
+            scale: self.scale,
+        }
     }
 
     /// The outputs of the linears of `roles` that the layer has, side by side.
@@ -323,7 +279,7 @@ impl<B: Backend> DecoderLayer<B> {
             tape.push((*role, linear_tape));
             outputs.push(y);
         }
-        join(outputs)
+        join(outputs, 1)
     }
 
     /// From the gradients of those outputs, side by side, that of their common input.
@@ -365,68 +321,5 @@ impl<B: Backend> DecoderLayer<B> {
         for (role, _) in self.of(roles) {
             observe(*role, x);
         }
-    }
-
-    fn columns(&self, width: usize, first: usize, heads: usize) -> HeadColumns {
-        HeadColumns {
-            width,
-            first,
-            heads,
-            head_dim: self.head_dim,
-        }
-    }
-
-    /// The gradients of q, k and v, side by side as rows `[batch * seq, q + 2 kv]`.
-    fn join_heads(&self, heads: Heads<B>) -> Tensor<B, 2> {
-        let (q, k, v) = (
-            HostTensor::of(&heads.q),
-            HostTensor::of(&heads.k),
-            HostTensor::of(&heads.v),
-        );
-        let (Some(q), Some(k), Some(v)) = (q, k, v) else {
-            let parts = [heads.q, heads.k, heads.v].map(|heads| self.merge_heads(heads));
-            return Tensor::cat(parts.to_vec(), 1);
-        };
-        let [batch, _, seq, _] = heads.q.dims();
-        let width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim;
-        let mut rows = vec![0.0; batch * seq * width];
-        let mut first = 0;
-        for (values, n_heads) in [(q, self.n_heads), (k, self.n_kv_heads), (v, self.n_kv_heads)] {
-            let columns = self.columns(width, first, n_heads);
-            host::merge_heads(values.values(), &mut rows, batch, columns);
-            first += n_heads * self.head_dim;
-        }
-        host::tensor(rows, [batch * seq, width], &heads.q.device())
-    }
-
-    /// `[batch * seq, heads * head_dim]` to `[batch, heads, seq, head_dim]`.
-    fn split_heads(&self, rows: Tensor<B, 2>, batch: usize, heads: usize) -> Tensor<B, 4> {
-        let [n, width] = rows.dims();
-        if let Some(values) = HostTensor::of(&rows) {
-            let values = host::split_heads(values.values(), batch, self.columns(width, 0, heads));
-            return host::tensor(values, [batch, heads, n / batch, self.head_dim], &rows.device());
-        }
-        rows.reshape([batch, n / batch, heads, self.head_dim])
-            .swap_dims(1, 2)
-    }
-
-    /// The inverse of [`DecoderLayer::split_heads`].
-    fn merge_heads(&self, heads: Tensor<B, 4>) -> Tensor<B, 2> {
-        let [batch, n_heads, seq, head_dim] = heads.dims();
-        heads.swap_dims(1, 2).reshape([batch * seq, n_heads * head_dim])
-    }
-}
-
-fn backward_norm<B: Backend>(norm: Option<&RmsNorm<B>>, x: &Tensor<B, 4>, dy: Tensor<B, 4>) -> Tensor<B, 4> {
-    match norm {
-        Some(norm) => norm.backward(x, dy),
-        None => dy,
-    }
-}
-
-fn join<B: Backend>(mut parts: Vec<Tensor<B, 2>>) -> Tensor<B, 2> {
-    match parts.len() {
-        1 => parts.swap_remove(0),
-        _ => Tensor::cat(parts, 1),
     }
 }

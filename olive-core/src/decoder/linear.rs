@@ -8,9 +8,13 @@ use std::sync::Arc;
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
+use rayon::prelude::*;
 
 use super::dora::Magnitude;
 use super::dropout::DropoutStream;
+use super::host::{self, HostTensor};
+use super::matmul::{self, add_times, add_times_transposed, times, times_transposed, transposed_times};
+use crate::kernels::{View, product_parallel};
 use crate::packed::QuantMatrix;
 use crate::packed::nf4::Nf4Matrix;
 use crate::weight::{LinearWeight, WeightKind};
@@ -41,33 +45,51 @@ impl<B: Backend> BaseWeight<B> {
 
     /// `x Wᵀ`: `[n, in]` to `[n, out]`.
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        match self {
-            Self::Dense(weight) => x.matmul(weight.clone().transpose()),
-            packed => {
-                let blocks = row_blocks(packed.shape())
-                    .map(|rows| x.clone().matmul(packed.dequantize(rows, &x.device()).transpose()))
-                    .collect();
-                Tensor::cat(blocks, 1)
-            }
+        let packed = match self {
+            Self::Dense(weight) => return times_transposed(&x, weight, 1.0),
+            packed => packed,
+        };
+        let ([n, inputs], [outputs, _]) = (x.dims(), self.shape());
+        let Some(rows) = HostTensor::of(&x) else {
+            let blocks = row_blocks(packed.shape())
+                .map(|rows| x.clone().matmul(packed.dequantize(rows, &x.device()).transpose()))
+                .collect();
+            return Tensor::cat(blocks, 1);
+        };
+        let x_view = View::new(rows.values(), [n, inputs], inputs);
+        let mut y = vec![0.0; n * outputs];
+        for block in row_blocks(packed.shape()) {
+            let weight = packed.dequantize_rows(block.clone());
+            let weight = View::new(&weight, [block.len(), inputs], inputs).transposed();
+            product_parallel(&mut y[block.start..], outputs, false, 1.0, x_view, weight);
         }
+        host::tensor(y, [n, outputs], &x.device())
     }
 
     /// `dy W`: `[n, out]` to `[n, in]`.
     pub fn backward(&self, dy: Tensor<B, 2>) -> Tensor<B, 2> {
-        match self {
-            Self::Dense(weight) => dy.matmul(weight.clone()),
-            packed => {
-                let [n, _] = dy.dims();
-                let [_, cols] = packed.shape();
-                let blocks = row_blocks(packed.shape()).map(|rows| {
-                    let part = dy.clone().slice([0..n, rows.clone()]);
-                    part.matmul(packed.dequantize(rows, &dy.device()))
-                });
-                blocks
-                    .reduce(|sum, block| sum + block)
-                    .unwrap_or_else(|| Tensor::zeros([n, cols], &dy.device()))
-            }
+        let packed = match self {
+            Self::Dense(weight) => return times(&dy, weight, 1.0),
+            packed => packed,
+        };
+        let ([n, outputs], [_, inputs]) = (dy.dims(), self.shape());
+        let Some(rows) = HostTensor::of(&dy) else {
+            let blocks = row_blocks(packed.shape()).map(|rows| {
+                let part = dy.clone().slice([0..n, rows.clone()]);
+                part.matmul(packed.dequantize(rows, &dy.device()))
+            });
+            return blocks
+                .reduce(|sum, block| sum + block)
+                .unwrap_or_else(|| Tensor::zeros([n, inputs], &dy.device()));
+        };
+        let mut dx = vec![0.0; n * inputs];
+        for block in row_blocks(packed.shape()) {
+            let weight = packed.dequantize_rows(block.clone());
+            let weight = View::new(&weight, [block.len(), inputs], inputs);
+            let dy_view = View::new(&rows.values()[block.start..], [n, block.len()], outputs);
+            product_parallel(&mut dx, inputs, true, 1.0, dy_view, weight);
         }
+        host::tensor(dx, [n, inputs], &dy.device())
     }
 
     /// `‖W‖²` of each row, `[out]`.
@@ -85,13 +107,25 @@ impl<B: Backend> BaseWeight<B> {
     /// Rows of the weight, dense.
     fn dequantize(&self, rows: std::ops::Range<usize>, device: &B::Device) -> Tensor<B, 2> {
         let [_, cols] = self.shape();
-        let mut values = vec![0.0f32; rows.len() * cols];
-        match self {
-            Self::Dense(weight) => return weight.clone().slice([rows, 0..cols]),
-            Self::Packed(matrix) => matrix.dequantize_rows(rows.start, &mut values),
-            Self::Nf4(matrix) => matrix.dequantize_rows(rows.start, &mut values),
+        if let Self::Dense(weight) = self {
+            return weight.clone().slice([rows, 0..cols]);
         }
-        Tensor::from_data(TensorData::new(values, [rows.len(), cols]), device)
+        let shape = [rows.len(), cols];
+        Tensor::from_data(TensorData::new(self.dequantize_rows(rows), shape), device)
+    }
+
+    /// Rows of a packed weight, dense; nothing of a dense one.
+    fn dequantize_rows(&self, rows: std::ops::Range<usize>) -> Vec<f32> {
+        const ROWS: usize = 32;
+        let [_, cols] = self.shape();
+        let mut values = vec![0.0f32; rows.len() * cols];
+        let pieces = values.par_chunks_mut((ROWS * cols).max(1)).enumerate();
+        pieces.for_each(|(index, values)| match self {
+            Self::Dense(_) => (),
+            Self::Packed(matrix) => matrix.dequantize_rows(rows.start + index * ROWS, values),
+            Self::Nf4(matrix) => matrix.dequantize_rows(rows.start + index * ROWS, values),
+        });
+        values
     }
 }
 
@@ -204,13 +238,13 @@ impl<B: Backend> Linear<B> {
                 Some(magnitude) => magnitude.forward(&self.weight, part, x, dropout),
                 None => {
                     let y = self.weight.forward(x.clone());
-                    let inner = dropout.apply(x).matmul(part.a.clone().transpose());
-                    let outer = inner.clone().matmul(part.b.clone().transpose());
+                    let inner = times_transposed(&dropout.apply(x), &part.a, 1.0);
+                    let y = add_times_transposed(y, &inner, &part.b, part.scaling);
                     let tape = LinearTape {
                         projected: Some(inner),
                         combined: None,
                     };
-                    (y + outer.mul_scalar(part.scaling), tape)
+                    (y, tape)
                 }
             },
             None => {
@@ -222,7 +256,7 @@ impl<B: Backend> Linear<B> {
             }
         };
         if let Some(bias) = &self.bias {
-            y = y + bias.clone().unsqueeze::<2>();
+            y = add_bias(y, bias);
         }
         (y, tape)
     }
@@ -245,19 +279,31 @@ impl<B: Backend> Linear<B> {
             return (dx, Some(gradient));
         }
         let dx = self.weight.backward(dy.clone());
-        let db = dy
-            .clone()
-            .transpose()
-            .matmul(projected)
-            .mul_scalar(low_rank.scaling);
-        let inner = dy.matmul(low_rank.b.clone()).mul_scalar(low_rank.scaling);
-        let da = inner.clone().transpose().matmul(dropout.apply(x.clone()));
-        let dx = dx + dropout.apply(inner.matmul(low_rank.a.clone()));
+        let db = transposed_times(&dy, &projected, low_rank.scaling);
+        let inner = times(&dy, &low_rank.b, low_rank.scaling);
+        let da = transposed_times(&inner, &dropout.apply(x.clone()), 1.0);
+        let dx = match dropout.is_none() {
+            true => add_times(dx, &inner, &low_rank.a, 1.0),
+            false => matmul::add(dx, dropout.apply(times(&inner, &low_rank.a, 1.0))),
+        };
         let gradient = LowRankGradient {
             a: da,
             b: db,
             magnitude: None,
         };
         (dx, Some(gradient))
+    }
+}
+
+/// `y [n, out]` with the bias on every row.
+fn add_bias<B: Backend>(y: Tensor<B, 2>, bias: &Tensor<B, 1>) -> Tensor<B, 2> {
+    let (shape, device) = (y.dims(), y.device());
+    match HostTensor::of(bias) {
+        Some(bias) => {
+            let mut values = host::take(y);
+            host::add_to_rows(&mut values, bias.values());
+            host::tensor(values, shape, &device)
+        }
+        None => y + bias.clone().unsqueeze::<2>(),
     }
 }

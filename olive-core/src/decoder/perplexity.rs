@@ -78,8 +78,9 @@ pub fn evaluate_perplexity<B: Backend>(
         .zip(blocks)
         .map(|(x, block)| {
             let labels: Vec<i64> = block.iter().map(|id| i64::from(*id)).collect();
-            let result = head.cross_entropy(x, &[labels], None)?;
-            Ok((result.sum, result.tokens))
+            let [_, length, width] = x.dims();
+            let result = head.cross_entropy(x.reshape([length, width]), &[labels], None)?;
+            Ok((result.sums.iter().sum(), result.tokens))
         })
         .collect::<Result<Vec<_>>>()?;
     progress.update(spec.n_layers as u64 + 1, "");

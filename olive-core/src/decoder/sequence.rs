@@ -3,7 +3,7 @@
 use burn::tensor::backend::Backend;
 use burn::tensor::{Tensor, TensorData};
 
-use super::host::{self, HostTensor};
+use super::host;
 use crate::arch::ModelSpec;
 
 /// Queries that attend together; the scores of a block are the largest tensor of attention.
@@ -32,7 +32,7 @@ pub struct SequenceTables<B: Backend> {
     pub sin: Tensor<B, 4>,
     /// Keys that a query sees, itself included.
     pub window: usize,
-    /// Blocks of queries, in order.
+    /// Blocks of queries, in order; none where tensors are in host memory.
     pub blocks: Vec<QueryBlock<B>>,
 }
 
@@ -70,29 +70,22 @@ impl<B: Backend> SequenceTables<B> {
             cos: table(cos),
             sin: table(sin),
             window: spec.sliding_window.unwrap_or(usize::MAX),
-            blocks: query_blocks(spec, length, device),
+            blocks: match host::is_host::<B>() {
+                // Attention in host memory needs no masks.
+                true => Vec::new(),
+                false => query_blocks(spec, length, device),
+            },
         }
     }
 
     /// Rotates `x [batch, heads, length, head_dim]`: the first `rotary_dim` elements as two halves, the rest kept.
     pub fn rotate(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
-        self.rotate_on_host(&x, 1.0)
-            .unwrap_or_else(|| self.rotate_by(x, self.sin.clone()))
+        self.rotate_by(x, self.sin.clone())
     }
 
     /// The gradient of the input of [`SequenceTables::rotate`]: the opposite rotation.
     pub fn rotate_back(&self, dy: Tensor<B, 4>) -> Tensor<B, 4> {
-        self.rotate_on_host(&dy, -1.0)
-            .unwrap_or_else(|| self.rotate_by(dy, self.sin.clone().neg()))
-    }
-
-    fn rotate_on_host(&self, x: &Tensor<B, 4>, sign: f32) -> Option<Tensor<B, 4>> {
-        let [_, _, _, head_dim] = x.dims();
-        let [_, _, _, half] = self.cos.dims();
-        let (cos, sin) = (HostTensor::of(&self.cos)?, HostTensor::of(&self.sin)?);
-        let mut values = HostTensor::of(x)?.values().to_vec();
-        host::rotate(&mut values, head_dim, (cos.values(), sin.values()), half, sign);
-        Some(host::tensor(values, x.dims(), &x.device()))
+        self.rotate_by(dy, self.sin.clone().neg())
     }
 
     fn rotate_by(&self, x: Tensor<B, 4>, sin: Tensor<B, 4>) -> Tensor<B, 4> {

@@ -133,7 +133,7 @@ fn check_backward(folder: &Path) {
     type Tracked = Autodiff<Cpu>;
     let model = HfModel::open(folder).unwrap();
     let (spec, tensors) = (model.spec(), model.tensors());
-    let shape = [2, 40, spec.hidden_size];
+    let shape = [80, spec.hidden_size];
     let dropout = DropoutStream::new(0.3, 9, 0);
     let dy = noise(shape.iter().product(), 3);
     let data = || TensorData::new(dy.clone(), shape);
@@ -141,12 +141,14 @@ fn check_backward(folder: &Path) {
     let mut layer = DecoderLayer::<Cpu>::load(tensors, spec, 1, &Default::default()).unwrap();
     give_low_rank(&mut layer, 3);
     let tables = SequenceTables::new(spec, 40, &Default::default());
-    let (y, tape) = layer.forward_train(tensor(shape, 1), &tables, &dropout);
+    let short = SequenceTables::new(spec, 20, &Default::default());
+    let sequences = [&tables, &short, &short];
+    let (y, tape) = layer.forward_train(tensor(shape, 1), &sequences, &dropout);
     let mut gradients = Vec::new();
     let dx = layer.backward(
         tape,
         Tensor::from_data(data(), &Default::default()),
-        &tables,
+        &sequences,
         &dropout,
         &mut gradients,
     );
@@ -154,8 +156,9 @@ fn check_backward(folder: &Path) {
     let mut oracle = DecoderLayer::<Tracked>::load(tensors, spec, 1, &Default::default()).unwrap();
     give_low_rank(&mut oracle, 3);
     let tables = SequenceTables::new(spec, 40, &Default::default());
-    let x = tensor::<Tracked, 3>(shape, 1).require_grad();
-    let (oracle_y, _) = oracle.forward_train(x.clone(), &tables, &dropout);
+    let short = SequenceTables::new(spec, 20, &Default::default());
+    let x = tensor::<Tracked, 2>(shape, 1).require_grad();
+    let (oracle_y, _) = oracle.forward_train(x.clone(), &[&tables, &short, &short], &dropout);
     let weighted = oracle_y.clone() * Tensor::from_data(data(), &Default::default());
     let tracked = weighted.sum().backward();
     close(&values(y), &values(oracle_y), 1e-6, "forward");
@@ -375,14 +378,15 @@ fn the_gradient_of_the_cross_entropy_is_its_derivative() {
     let model = HfModel::open(golden("families/qwen3")).unwrap();
     let spec: &ModelSpec = model.spec();
     let head = Head::<Cpu>::load(model.tensors(), spec, None, &Default::default()).unwrap();
-    let shape = [2, 5, spec.hidden_size];
+    let shape = [10, spec.hidden_size];
+    let scales = [0.25, 0.5];
     let labels = [
         [1, 4, IGNORED_LABEL, 6, 7],
         [IGNORED_LABEL, 2, 2, 9, IGNORED_LABEL],
     ]
     .map(Vec::from);
-    let x = tensor::<Cpu, 3>(shape, 1);
-    let result = head.cross_entropy(x.clone(), &labels, Some(0.25)).unwrap();
+    let x = tensor::<Cpu, 2>(shape, 1);
+    let result = head.cross_entropy(x.clone(), &labels, Some(&scales)).unwrap();
     assert_eq!(result.tokens, 6);
     let found = values(result.d_hidden.unwrap());
     let point = values(x);
@@ -391,14 +395,22 @@ fn the_gradient_of_the_cross_entropy_is_its_derivative() {
             let mut moved = point.clone();
             moved[i] += delta;
             let x = Tensor::from_data(TensorData::new(moved, shape), &Default::default());
-            head.cross_entropy(x, &labels, None).unwrap().sum
+            let sums = head.cross_entropy(x, &labels, None).unwrap().sums;
+            sums[0] * scales[0] + sums[1] * scales[1]
         };
-        let expected = 0.25 * (at(1e-2) - at(-1e-2)) / 2e-2;
+        let expected = (at(1e-2) - at(-1e-2)) / 2e-2;
         assert!(
             (f64::from(found[i]) - expected).abs() < 2e-4,
             "{i}: {} {expected}",
             found[i]
         );
+    }
+    // The same in the backend's own operations.
+    let oracle = Head::<Autodiff<Cpu>>::load(model.tensors(), spec, None, &Default::default()).unwrap();
+    let plain = oracle.cross_entropy(tensor(shape, 1), &labels, Some(&scales)).unwrap();
+    close(&found, &values(plain.d_hidden.unwrap()), 1e-5, "gradient");
+    for (a, b) in plain.sums.iter().zip(&result.sums) {
+        assert!((a - b).abs() < 1e-4, "{a} {b}");
     }
     let bad = head.cross_entropy(tensor(shape, 1), &[vec![1; 5], vec![100_000; 5]], None);
     assert!(bad.err().unwrap().to_string().contains("100000"));

@@ -18,6 +18,8 @@ use half::f16;
 
 /// The smallest range of a group.
 const MIN_RANGE: f32 = 1e-5;
+/// Values that are compared side by side.
+const LANES: usize = 16;
 /// Adding and subtracting it rounds a magnitude below 2^22 half to even.
 const ROUNDER: f32 = 12_582_912.0;
 /// Quotients beyond it end up clamped anyway; within it [`ROUNDER`] is exact.
@@ -33,7 +35,7 @@ pub enum Arithmetic {
 }
 
 impl Arithmetic {
-    #[inline]
+    #[inline(always)]
     fn round(self, value: f32) -> f32 {
         match self {
             Self::Single => value,
@@ -52,7 +54,7 @@ pub struct Grid {
 }
 
 /// Rounds half to even; `|value|` is clamped to 2^20.
-#[inline]
+#[inline(always)]
 fn round_even(value: f32) -> f32 {
     (value.clamp(-MAX_QUOTIENT, MAX_QUOTIENT) + ROUNDER) - ROUNDER
 }
@@ -74,24 +76,35 @@ impl Affine {
     }
 
     /// `value` in the precision of intermediate results.
-    #[inline]
+    #[inline(always)]
     pub fn round(&self, value: f32) -> f32 {
         self.arithmetic.round(value)
     }
 
     /// The grid of a group. Not finite if the group is not.
-    #[inline]
+    #[inline(always)]
     pub fn grid(&self, group: &[f32]) -> Grid {
+        // Side by side, so that the loop becomes vector code; the smallest and largest do not depend on the order.
+        let (mut lows, mut highs) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+        let (chunks, rest) = group.as_chunks::<LANES>();
+        for chunk in chunks {
+            for ((low, high), w) in lows.iter_mut().zip(&mut highs).zip(chunk) {
+                *low = if *w < *low { *w } else { *low };
+                *high = if *w > *high { *w } else { *high };
+            }
+        }
         let (mut low, mut high) = (f32::INFINITY, f32::NEG_INFINITY);
-        for w in group {
+        for w in lows.iter().chain(rest) {
             low = if *w < low { *w } else { low };
+        }
+        for w in highs.iter().chain(rest) {
             high = if *w > high { *w } else { high };
         }
         self.grid_of_range(low, high)
     }
 
     /// The grid of a group with this smallest and largest value.
-    #[inline]
+    #[inline(always)]
     pub fn grid_of_range(&self, low: f32, high: f32) -> Grid {
         let (low, high) = (low.min(0.0), high.max(0.0));
         let range = self
@@ -104,20 +117,21 @@ impl Affine {
     }
 
     /// The integer nearest to `w`, in `0..=levels`.
-    #[inline]
+    #[inline(always)]
     pub fn level(&self, grid: Grid, w: f32) -> f32 {
         let quotient = self.arithmetic.round(w / grid.scale);
         (round_even(quotient) + grid.zero).clamp(0.0, self.levels)
     }
 
     /// The value of the grid nearest to `w`.
-    #[inline]
+    #[inline(always)]
     pub fn nearest(&self, grid: Grid, w: f32) -> f32 {
         self.arithmetic
             .round((self.level(grid, w) - grid.zero) * grid.scale)
     }
 
     /// Replaces the groups of a row by their nearest values on their own grids.
+    #[inline(always)]
     pub fn fake_quantize(&self, row: &mut [f32], group_size: usize) {
         for group in row.chunks_exact_mut(group_size) {
             let grid = self.grid(group);

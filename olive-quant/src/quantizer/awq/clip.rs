@@ -7,9 +7,9 @@
 //! apart, chosen as before and then in a few rounds over the groups of a row, each group taking the shrink with the
 //! least error of the whole row given the others, `d_gᵀ H_gg d_g + 2 d_gᵀ Σ H_gh d_h`. No round raises the row's error.
 
+use olive_core::kernels::{Packed, View, product, product_packed, row_dots, wide};
 use rayon::prelude::*;
 
-use crate::kernels::{View, product, row_dots};
 use crate::quantizer::affine::Affine;
 
 /// Rows that one task handles.
@@ -61,12 +61,13 @@ impl ClipSearch<'_> {
             before: 0.0,
             after: 0.0,
         };
+        let gram = GroupGram::new(self);
         let errors: Vec<(f64, f64)> = clip
             .limits
             .par_chunks_mut(ROWS * groups)
             .zip(clip.steps.par_chunks_mut(ROWS * groups))
             .zip(weight.par_chunks(ROWS * self.cols))
-            .map(|((limits, steps), weight)| self.rows(weight, limits, steps))
+            .map(|((limits, steps), weight)| self.rows(&gram, weight, limits, steps))
             .collect();
         // Summed in the order of the rows, whoever computed them.
         for (before, after) in errors {
@@ -76,7 +77,7 @@ impl ClipSearch<'_> {
         clip
     }
 
-    fn rows(&self, weight: &[f32], limits: &mut [f32], steps: &mut [u8]) -> (f64, f64) {
+    fn rows(&self, gram: &GroupGram, weight: &[f32], limits: &mut [f32], steps: &mut [u8]) -> (f64, f64) {
         let (cols, size) = (self.cols, self.group_size);
         let (rows, groups, n_steps) = (weight.len() / cols, cols / size, self.steps());
         // [groups, rows, steps, size] and their own errors [groups, rows, steps].
@@ -85,11 +86,11 @@ impl ClipSearch<'_> {
         let mut products = vec![0.0f32; rows * n_steps * size];
         for (group, deltas) in deltas.chunks_exact_mut(rows * n_steps * size).enumerate() {
             for (row, deltas) in deltas.chunks_exact_mut(n_steps * size).enumerate() {
-                self.fill_deltas(&weight[row * cols + group * size..][..size], deltas);
+                let values = &weight[row * cols + group * size..][..size];
+                wide(|| self.fill_deltas(values, deltas));
             }
-            let block = View::new(&self.gram[group * size * (cols + 1)..], [size, size], cols);
             let all = View::new(deltas, [rows * n_steps, size], size);
-            product(&mut products, size, false, all, block);
+            product_packed(&mut products, size, false, 1.0, all, &gram.own[group]);
             own.extend(row_dots(&products, deltas, size));
         }
         let mut chosen = vec![0; groups * rows];
@@ -101,7 +102,7 @@ impl ClipSearch<'_> {
         state = RowErrors::new(self, rows, &deltas, &chosen);
         for _ in 0..if self.jointly { ROUNDS } else { 0 } {
             for group in 0..groups {
-                state.improve(self, group, &deltas, &own, &mut chosen);
+                state.improve((self, gram), group, &deltas, &own, &mut chosen);
             }
         }
         let after = state.total();
@@ -124,6 +125,7 @@ impl ClipSearch<'_> {
     }
 
     /// `Q(clamp(w)) - w` for every shrink, one after the other.
+    #[inline(always)]
     fn fill_deltas(&self, group: &[f32], deltas: &mut [f32]) {
         let (low, high) = group
             .iter()
@@ -185,6 +187,7 @@ impl RowErrors {
             &mut state.product,
             cols,
             false,
+            1.0,
             View::new(&state.delta, [rows, cols], cols),
             gram,
         );
@@ -199,7 +202,7 @@ impl RowErrors {
     /// Chooses the shrink of `group` anew in every row, the other groups being as they are.
     fn improve(
         &mut self,
-        search: &ClipSearch<'_>,
+        (search, gram): (&ClipSearch<'_>, &GroupGram),
         group: usize,
         deltas: &[f32],
         own: &[f64],
@@ -207,24 +210,18 @@ impl RowErrors {
     ) {
         let (rows, cols, size) = (self.rows, self.cols, search.group_size);
         let first = group * size;
-        let block = View::new(&search.gram[first * (cols + 1)..], [size, size], cols);
         // What the other groups contribute: (D H) without this group's own share.
         let mut share = vec![0.0; rows * size];
-        product(
-            &mut share,
-            size,
-            false,
-            View::new(&self.delta[first..], [rows, size], cols),
-            block,
-        );
-        let mut change = vec![0.0f32; rows * size];
+        let delta = View::new(&self.delta[first..], [rows, size], cols);
+        product_packed(&mut share, size, false, 1.0, delta, &gram.own[group]);
+        let (mut changed, mut changes) = (Vec::new(), Vec::new());
+        let mut others = vec![0.0f32; size];
         for row in 0..rows {
             let index = group * rows + row;
-            let others: Vec<f32> = self.product[row * cols + first..][..size]
-                .iter()
-                .zip(&share[row * size..][..size])
-                .map(|(all, own)| all - own)
-                .collect();
+            let all = &self.product[row * cols + first..][..size];
+            for (other, (all, own)) in others.iter_mut().zip(all.iter().zip(&share[row * size..])) {
+                *other = all - own;
+            }
             let n_steps = search.steps();
             let errors = (0..n_steps).map(|step| {
                 let cross: f64 = row_dots(search.at(deltas, index, step), &others, size).sum();
@@ -236,20 +233,43 @@ impl RowErrors {
             }
             let new = search.at(deltas, index, step);
             let old = search.at(deltas, index, chosen[index]);
-            for (change, (new, old)) in change[row * size..].iter_mut().zip(new.iter().zip(old)) {
-                *change = new - old;
-            }
+            changed.push(row);
+            changes.extend(new.iter().zip(old).map(|(new, old)| new - old));
             self.delta[row * cols + first..][..size].copy_from_slice(new);
             chosen[index] = step;
         }
-        let rows_of_group = View::new(&search.gram[first * cols..], [size, cols], cols);
-        product(
-            &mut self.product,
-            cols,
-            true,
-            View::new(&change, [rows, size], size),
-            rows_of_group,
-        );
+        let mut moved = vec![0.0f32; changed.len() * cols];
+        let changes = View::new(&changes, [changed.len(), size], size);
+        product_packed(&mut moved, cols, false, 1.0, changes, &gram.rows[group]);
+        for (row, moved) in changed.into_iter().zip(moved.chunks_exact(cols)) {
+            for (product, moved) in self.product[row * cols..][..cols].iter_mut().zip(moved) {
+                *product += moved;
+            }
+        }
+    }
+}
+
+/// The Gram matrix as the groups of a row need it.
+struct GroupGram {
+    /// `H_gg` of each group.
+    own: Vec<Packed>,
+    /// The rows of each group, `[group size, cols]`, where groups are judged together.
+    rows: Vec<Packed>,
+}
+
+impl GroupGram {
+    fn new(search: &ClipSearch<'_>) -> Self {
+        let (cols, size) = (search.cols, search.group_size);
+        let groups = 0..cols / size;
+        let own = |group: usize| View::new(&search.gram[group * size * (cols + 1)..], [size, size], cols);
+        let rows = |group: usize| View::new(&search.gram[group * size * cols..], [size, cols], cols);
+        Self {
+            own: groups.clone().map(|group| Packed::new(own(group))).collect(),
+            rows: match search.jointly {
+                true => groups.map(|group| Packed::new(rows(group))).collect(),
+                false => Vec::new(),
+            },
+        }
     }
 }
 

@@ -8,19 +8,21 @@
 //!
 //! The identity is a candidate, so that the loss is never above that of plain rounding.
 
+use olive_core::kernels::{Packed, View, product_packed, row_dots, wide};
 use olive_core::{Error, LinearRole, Result};
 use rayon::prelude::*;
 
 use super::mapping::Mapping;
 use super::scale::{Candidate, candidate_scales, grid, weight_means};
 use super::statistics::InputStatistics;
-use crate::kernels::{View, product, row_dots};
 use crate::layer::{LayerLinear, LayerWeights};
 use crate::options::{QuantizeOptions, Search};
 use crate::quantizer::affine::Affine;
 
 /// Rows of a weight that one task rounds and multiplies.
 const ROWS: usize = 64;
+/// Columns of the Gram matrix that are multiplied together.
+const COLUMNS: usize = 128;
 /// Candidates besides the identity that [`Search::Hybrid`] judges by the block's output.
 const HYBRID_CANDIDATES: usize = 4;
 
@@ -104,10 +106,7 @@ impl<'a> ScaleSearch<'a> {
     /// [`Error::NotFinite`] if plain rounding has no finite loss; those of `probe`.
     pub fn run(&self, probe: &dyn BlockProbe) -> Result<Choice> {
         let candidates = self.candidates();
-        let gram_losses: Vec<f64> = candidates
-            .iter()
-            .map(|(_, scales)| self.gram_loss(scales))
-            .collect();
+        let gram_losses = self.gram_losses(candidates.iter().map(|(_, scales)| scales.as_slice()));
         let by_output = self.mapping.is_nonlinear() && self.options.search != Search::Fast;
         let losses = if by_output {
             self.output_losses(&candidates, &gram_losses, probe)?
@@ -167,43 +166,36 @@ impl<'a> ScaleSearch<'a> {
             .collect()
     }
 
-    /// Mean squared difference of the linears' outputs: `tr(D H Dᵀ) / (tokens · outputs)`.
-    pub fn gram_loss(&self, scales: &[f32]) -> f64 {
+    /// Mean squared difference of the linears' outputs for each set of scales: `tr(D H Dᵀ) / (tokens · outputs)`.
+    pub fn gram_losses<'s>(&self, scales: impl Iterator<Item = &'s [f32]>) -> Vec<f64> {
         let outputs: usize = self.linears.iter().map(|linear| linear.spec.out_features).sum();
-        let sum: f64 = self
-            .linears
-            .iter()
-            .map(|linear| self.gram_error(linear, scales))
-            .sum();
-        sum / (self.input.tokens() * outputs) as f64
+        let elements = (self.input.tokens() * outputs) as f64;
+        let gram = HalfGram::new(self.input.gram(), self.input.channels());
+        let loss = |scales: &[f32]| -> f64 {
+            let errors = self.linears.iter().map(|linear| self.gram_error(linear, &gram, scales));
+            errors.sum::<f64>() / elements
+        };
+        scales.map(loss).collect()
     }
 
     /// `tr(D H Dᵀ)` of one linear.
-    fn gram_error(&self, linear: &LayerLinear, scales: &[f32]) -> f64 {
+    fn gram_error(&self, linear: &LayerLinear, gram: &HalfGram, scales: &[f32]) -> f64 {
         if !linear.converts {
             return 0.0;
         }
         let cols = scales.len();
-        let gram = View::new(self.input.gram(), [cols, cols], cols);
         let parts: Vec<f64> = linear
             .weight
             .par_chunks(ROWS * cols)
             .map(|weight| {
                 let mut delta = weight.to_vec();
                 self.round_scaled(&mut delta, scales);
-                for (d, w) in delta.iter_mut().zip(weight) {
-                    *d -= w;
-                }
-                let mut products = vec![0.0; delta.len()];
-                let rows = delta.len() / cols;
-                product(
-                    &mut products,
-                    cols,
-                    false,
-                    View::new(&delta, [rows, cols], cols),
-                    gram,
-                );
-                row_dots(&products, &delta, cols).sum::<f64>()
+                wide(|| {
+                    for (d, w) in delta.iter_mut().zip(weight) {
+                        *d -= w;
+                    }
+                });
+                gram.error(&delta)
             })
             .collect();
         // Summed in the order of the rows, whoever computed them.
@@ -213,15 +205,17 @@ impl<'a> ScaleSearch<'a> {
     /// `Q(W · s) / s` in place.
     fn round_scaled(&self, weight: &mut [f32], scales: &[f32]) {
         let group_size = self.options.group_for(scales.len());
-        for row in weight.chunks_exact_mut(scales.len()) {
-            for (w, s) in row.iter_mut().zip(scales) {
-                *w *= s;
+        wide(|| {
+            for row in weight.chunks_exact_mut(scales.len()) {
+                for (w, s) in row.iter_mut().zip(scales) {
+                    *w *= s;
+                }
+                self.affine.fake_quantize(row, group_size);
+                for (w, s) in row.iter_mut().zip(scales) {
+                    *w /= s;
+                }
             }
-            self.affine.fake_quantize(row, group_size);
-            for (w, s) in row.iter_mut().zip(scales) {
-                *w /= s;
-            }
-        }
+        });
     }
 
     /// The weights of every linear as they would act if rounded with these scales.
@@ -259,5 +253,43 @@ impl<'a> ScaleSearch<'a> {
             }
         }
         Ok(losses)
+    }
+}
+
+/// `U` with `H = U + Uᵀ`, packed by blocks of columns: `dᵀ H d = 2 dᵀ U d`, and `U` is zero below its diagonal blocks,
+/// which halves the work.
+struct HalfGram {
+    cols: usize,
+    blocks: Vec<Packed>,
+}
+
+impl HalfGram {
+    fn new(gram: &[f32], cols: usize) -> Self {
+        let firsts: Vec<usize> = (0..cols).step_by(COLUMNS).collect();
+        let block = |first: usize| {
+            let (rows, width) = ((first + COLUMNS).min(cols), COLUMNS.min(cols - first));
+            let mut part = Vec::with_capacity(rows * width);
+            for (index, row) in gram.chunks_exact(cols).enumerate().take(rows) {
+                let factor = if index < first { 1.0 } else { 0.5 };
+                part.extend(row[first..first + width].iter().map(|value| value * factor));
+            }
+            Packed::new(View::new(&part, [rows, width], width))
+        };
+        Self {
+            cols,
+            blocks: firsts.into_par_iter().map(block).collect(),
+        }
+    }
+
+    /// `tr(D H Dᵀ)` of `delta [rows, cols]`.
+    fn error(&self, delta: &[f32]) -> f64 {
+        let rows = delta.len() / self.cols;
+        let mut products = vec![0.0; delta.len()];
+        for (index, block) in self.blocks.iter().enumerate() {
+            let [above, _] = block.shape();
+            let lhs = View::new(delta, [rows, above], self.cols);
+            product_packed(&mut products[index * COLUMNS..], self.cols, false, 1.0, lhs, block);
+        }
+        2.0 * row_dots(&products, delta, self.cols).sum::<f64>()
     }
 }

@@ -4,12 +4,12 @@
 //! that does not depend on the number of tokens; the error of one group follows from a diagonal block of `H`. Products
 //! are summed sequence by sequence, each block by one thread: the order is fixed.
 
+use olive_core::kernels::{View, product, wide};
 use rayon::prelude::*;
 
-use crate::kernels::{View, product};
 
 /// Rows and columns of `H` that one task computes.
-const BLOCK: usize = 256;
+const BLOCK: usize = 128;
 
 /// Statistics of one linear input.
 #[derive(Debug, Clone)]
@@ -35,11 +35,13 @@ impl InputStatistics {
     pub fn add(&mut self, x: &[f32]) {
         let channels = self.channels;
         let rows = x.len() / channels;
-        for row in x.chunks_exact(channels) {
-            for (sum, value) in self.abs_sums.iter_mut().zip(row) {
-                *sum += f64::from(value.abs());
+        wide(|| {
+            for row in x.chunks_exact(channels) {
+                for (sum, value) in self.abs_sums.iter_mut().zip(row) {
+                    *sum += f64::from(value.abs());
+                }
             }
-        }
+        });
         self.gram
             .par_chunks_mut(channels * BLOCK)
             .enumerate()
@@ -49,7 +51,7 @@ impl InputStatistics {
                 let left = View::new(&x[first..], [rows, height], channels);
                 // The upper triangle of blocks; the rest is mirrored at the end.
                 let right = View::new(&x[first..], [rows, channels - first], channels);
-                product(&mut out[first..], channels, true, left.transposed(), right);
+                product(&mut out[first..], channels, true, 1.0, left.transposed(), right);
             });
         self.tokens += rows;
     }

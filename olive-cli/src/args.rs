@@ -48,7 +48,7 @@ pub use model::{
 };
 pub use model_package::ModelPackageArgs;
 pub use optimize::{Exporter, OptimizeArgs};
-pub use quantize::{Algorithm as QuantizeAlgorithm, QuantizeArgs};
+pub use quantize::{Algorithm as QuantizeAlgorithm, AwqSearch, QuantizeArgs};
 pub use run::{RunArgs, RunPassArgs};
 pub use search::SearchArgs;
 pub use shared_cache::SharedCacheArgs;

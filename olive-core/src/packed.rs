@@ -132,6 +132,15 @@ impl QuantMatrix {
                     None => (1u32 << (self.bits - 1)) as f32,
                 };
                 let start = group * self.group_size;
+                if self.bits == 4 && start.is_multiple_of(2) {
+                    let bytes = &values[start / 2..(start + self.group_size).div_ceil(2)];
+                    for (pair, byte) in block.chunks_mut(2).zip(bytes) {
+                        for (w, value) in pair.iter_mut().zip([byte & 0xf, byte >> 4]) {
+                            *w = (f32::from(value) - zero) * scale;
+                        }
+                    }
+                    continue;
+                }
                 for (i, w) in block.iter_mut().enumerate() {
                     *w = (get(values, start + i, self.bits) as f32 - zero) * scale;
                 }

@@ -1,8 +1,10 @@
 //! The tensors of the checkpoint that is written: names and types, and the bytes of a layer.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 use olive_core::packed::awq_gemm;
 use olive_core::{CheckpointPlan, DType, Error, LinearSpec, ModelSpec, QuantMatrix, Result};
+use rayon::prelude::*;
 
 use crate::layer::LayerWeights;
 use crate::options::QuantizeOptions;
@@ -62,23 +64,30 @@ pub fn packed(name: &str, matrix: &QuantMatrix) -> Result<[Encoded; 3]> {
 /// # Errors
 /// [`Error::Tensor`] if a value is beyond its range, [`Error::NotFinite`] if one is not finite.
 pub fn half(name: &str, values: &[f32]) -> Result<Vec<u8>> {
-    let bad = values.iter().filter(|v| !v.is_finite()).count();
-    if bad > 0 {
-        return Err(Error::NotFinite {
-            what: format!("tensor `{name}`"),
-            found: bad,
-        });
-    }
-    let wide = values.iter().filter(|v| f16::from_f32(**v).is_infinite()).count();
-    if wide > 0 {
+    const TASK: usize = 1 << 16;
+    let mut halves = vec![f16::ZERO; values.len()];
+    let infinite: usize = halves
+        .par_chunks_mut(TASK)
+        .zip(values.par_chunks(TASK))
+        .map(|(halves, values)| {
+            halves.convert_from_f32_slice(values);
+            halves.iter().filter(|half| !half.is_finite()).count()
+        })
+        .sum();
+    if infinite > 0 {
+        let bad = values.iter().filter(|v| !v.is_finite()).count();
+        if bad > 0 {
+            return Err(Error::NotFinite {
+                what: format!("tensor `{name}`"),
+                found: bad,
+            });
+        }
         let largest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-        let found = format!("{wide} value(s) up to {largest:e}");
+        let found = format!("{infinite} value(s) up to {largest:e}");
         return Err(Error::tensor(name, "values that fit float16", found));
     }
-    Ok(values
-        .iter()
-        .flat_map(|v| f16::from_f32(*v).to_le_bytes())
-        .collect())
+    halves.iter_mut().for_each(|half| *half = f16::from_bits(half.to_bits().to_le()));
+    Ok(bytemuck::cast_slice(&halves).to_vec())
 }
 
 /// Norms, biases and linears that stay dense, of a layer.

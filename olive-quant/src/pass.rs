@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::calibration::CalibrationSet;
 use crate::olive_layout::{Gptq, KQuant, Rtn, SelectiveMixedPrecision};
-use crate::options::QuantizeOptions;
+use crate::options::{QuantizeOptions, Search};
 use crate::preflight::check_model;
 use crate::run::quantize;
 
@@ -90,6 +90,13 @@ const AWQ_PARAMS: &[ParamSpec] = &[
         "Scale only, without rounding; not supported.",
     ),
     param(
+        "awq_search",
+        ParamKind::OneOf(&["exact", "hybrid", "fast"]),
+        Some("\"exact\""),
+        "How scales before a nonlinearity are judged: by the block's output, for all or for the best few, or by the \
+         linears' outputs.",
+    ),
+    param(
         "data_config",
         ParamKind::DataConfig,
         Some("null"),
@@ -164,6 +171,11 @@ impl AutoAwqQuantizer {
             zero_point: flag(config, "zero_point", true),
             duo_scaling: flag(config, "duo_scaling", true),
             modules_to_not_convert: texts(config, "modules_to_not_convert"),
+            search: match config.values().get("awq_search").and_then(Value::as_str) {
+                Some("fast") => Search::Fast,
+                Some("hybrid") => Search::Hybrid,
+                _ => Search::Exact,
+            },
             ..QuantizeOptions::default()
         };
         options.check()?;

@@ -5,7 +5,9 @@ use std::time::Instant;
 
 use burn::tensor::backend::Backend;
 use olive_core::decoder::{Cpu, DecoderLayer};
+use olive_core::kernels::wide;
 use olive_core::{CancelToken, Error, LinearRole, ModelHandle, Progress, Result};
+use rayon::prelude::*;
 
 use crate::calibrate::HiddenStates;
 use crate::calibration::CalibrationSet;
@@ -208,9 +210,23 @@ impl Run<'_> {
 
 /// `‖a - b‖ / ‖b‖`.
 pub(crate) fn relative_error(a: &[f32], b: &[f32]) -> f64 {
-    let square = |x: f32| f64::from(x) * f64::from(x);
-    let error: f64 = a.iter().zip(b).map(|(a, b)| square(a - b)).sum();
-    let whole: f64 = b.iter().map(|b| square(*b)).sum();
+    const TASK: usize = 1 << 16;
+    let sums = |(a, b): (&[f32], &[f32])| {
+        wide(|| {
+            let mut sums = [[0.0f64; 8]; 2];
+            for (a, b) in a.chunks(8).zip(b.chunks(8)) {
+                for (i, (a, b)) in a.iter().zip(b).enumerate() {
+                    let (error, whole) = (f64::from(a - b), f64::from(*b));
+                    sums[0][i] += error * error;
+                    sums[1][i] += whole * whole;
+                }
+            }
+            sums.map(|lanes| lanes.iter().sum::<f64>())
+        })
+    };
+    let parts: Vec<[f64; 2]> = a.par_chunks(TASK).zip(b.par_chunks(TASK)).map(sums).collect();
+    // Summed in order, whoever computed them.
+    let [error, whole] = parts.iter().fold([0.0; 2], |[e, w], part| [e + part[0], w + part[1]]);
     if error == 0.0 { 0.0 } else { (error / whole).sqrt() }
 }
 

@@ -23,6 +23,18 @@ pub enum Algorithm {
     Dynamic,
 }
 
+/// How AWQ judges a scale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "lower")]
+pub enum AwqSearch {
+    /// By the output of attention or MLP.
+    Exact,
+    /// By the linears' outputs, then the best few by the output of attention or MLP.
+    Hybrid,
+    /// By the linears' outputs.
+    Fast,
+}
+
 /// Flags of `olive quantize`.
 #[derive(Debug, Args)]
 pub struct QuantizeArgs {
@@ -37,6 +49,9 @@ pub struct QuantizeArgs {
     /// How weights are rounded: awq, gptq, kquant, rtn
     #[arg(long = "algorithm", default_value = "rtn")]
     pub algorithm: Algorithm,
+    /// How AWQ judges the scales before a nonlinearity
+    #[arg(long = "awq_search", default_value = "exact")]
+    pub awq_search: AwqSearch,
     /// The width of the weights [default: int4]
     #[arg(long = "precision")]
     pub precision: Option<Precision>,

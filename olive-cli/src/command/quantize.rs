@@ -3,11 +3,11 @@
 use olive_core::data::{DataConfig, DataFormat, DataSource, TextGenConfig, TextSource};
 use olive_core::text::TextTokenizer;
 use olive_core::{Error, ModelHandle, Result};
-use olive_quant::{CalibrationSet, QuantizeOptions, Rounding, UniformOptions};
+use olive_quant::{CalibrationSet, QuantizeOptions, Rounding, Search, UniformOptions};
 use serde_json::{Value, json};
 
 use super::{Context, notes, open_model};
-use crate::args::{Precision, QuantizeAlgorithm, QuantizeArgs, TextDataArgs};
+use crate::args::{AwqSearch, Precision, QuantizeAlgorithm, QuantizeArgs, TextDataArgs};
 use crate::output;
 
 /// Sequences of the built-in text, where the user gives no data.
@@ -35,6 +35,11 @@ impl Request {
             QuantizeAlgorithm::Awq => {
                 let options = QuantizeOptions {
                     bits,
+                    search: match args.awq_search {
+                        AwqSearch::Exact => Search::Exact,
+                        AwqSearch::Hybrid => Search::Hybrid,
+                        AwqSearch::Fast => Search::Fast,
+                    },
                     ..QuantizeOptions::default()
                 };
                 options.check()?;
@@ -65,7 +70,7 @@ impl Request {
         match self {
             Self::Awq(options) => json!({"type": "AutoAWQQuantizer", "bits": options.bits,
                 "q_group_size": options.group_size, "zero_point": options.zero_point,
-                "duo_scaling": options.duo_scaling}),
+                "duo_scaling": options.duo_scaling, "awq_search": options.search}),
             Self::Uniform(options) => {
                 let name = match options.rounding {
                     Rounding::Nearest => "Rtn",
@@ -150,6 +155,11 @@ fn check_flags(args: &QuantizeArgs) -> Result<()> {
             "each algorithm is implemented once",
         ),
         ("--subset", args.subset.is_some(), "data files have no subsets"),
+        (
+            "--awq_search",
+            args.awq_search != AwqSearch::Exact && args.algorithm != QuantizeAlgorithm::Awq,
+            "only AWQ searches scales",
+        ),
     ]);
     notes::warn_old(&args.no_effect);
     Ok(())

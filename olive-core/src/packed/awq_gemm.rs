@@ -7,6 +7,7 @@
 //! ```
 
 use half::f16;
+use rayon::prelude::*;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -82,30 +83,45 @@ pub fn load(name: &str, shape: [usize; 2], group_size: usize, tensors: &AwqTenso
     QuantMatrix::pack(shape, 4, group_size, &values, (scales, DType::F16), Some(&zeros))
 }
 
+/// Columns that are turned together: the bytes of eight rows stay in the nearest cache.
+const COLUMNS: usize = 64;
+
 /// `values [rows, cols]` → words `[cols, rows / 8]`.
 fn store_words(values: &[u8], rows: usize, cols: usize) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(rows * cols / 2);
-    for col in 0..cols {
-        for first in (0..rows).step_by(8) {
-            let word = ORDER.iter().enumerate().fold(0u32, |word, (nibble, offset)| {
-                word | (u32::from(values[(first + offset) * cols + col]) << (4 * nibble))
-            });
-            bytes.extend_from_slice(&word.to_le_bytes());
+    let mut bytes = vec![0; rows * cols / 2];
+    let pieces = bytes.par_chunks_mut((COLUMNS * rows / 2).max(1)).enumerate();
+    pieces.for_each(|(piece, bytes)| {
+        let first_col = piece * COLUMNS;
+        let count = COLUMNS.min(cols - first_col);
+        for (eight, values) in values.chunks_exact(8 * cols).enumerate() {
+            let mut words = [0u32; COLUMNS];
+            for (nibble, offset) in ORDER.iter().enumerate() {
+                let row = &values[offset * cols + first_col..][..count];
+                for (word, value) in words.iter_mut().zip(row) {
+                    *word |= u32::from(*value) << (4 * nibble);
+                }
+            }
+            for (word, column) in words.iter().zip(bytes.chunks_exact_mut(rows / 2)) {
+                column[4 * eight..][..4].copy_from_slice(&word.to_le_bytes());
+            }
         }
-    }
+    });
     bytes
 }
 
 /// Words `[cols, rows / 8]` → `values [rows, cols]`.
 fn load_words(bytes: &[u8], rows: usize, cols: usize) -> Vec<u8> {
     let mut values = vec![0; rows * cols];
-    for (i, word) in bytes.as_chunks::<4>().0.iter().enumerate() {
-        let word = u32::from_le_bytes(*word);
-        let (col, first) = (i / (rows / 8), i % (rows / 8) * 8);
-        for (nibble, offset) in ORDER.iter().enumerate() {
-            values[(first + offset) * cols + col] = ((word >> (4 * nibble)) & 0xf) as u8;
+    let pieces = values.par_chunks_mut((8 * cols).max(1)).enumerate();
+    pieces.for_each(|(eight, values)| {
+        for (col, words) in bytes.chunks_exact(rows / 2).enumerate() {
+            let word = &words[4 * eight..][..4];
+            let word = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+            for (nibble, offset) in ORDER.iter().enumerate() {
+                values[offset * cols + col] = ((word >> (4 * nibble)) & 0xf) as u8;
+            }
         }
-    }
+    });
     values
 }
 

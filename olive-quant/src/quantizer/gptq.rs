@@ -17,10 +17,10 @@ mod cholesky;
 
 use ndarray::Array2;
 use olive_core::{Error, QuantMatrix, Result};
+use olive_core::kernels::{View, product, row_dots};
 use rayon::prelude::*;
 
 use super::minmax::{self, Grid, MinMax};
-use crate::kernels::{View, product, row_dots};
 
 /// Columns after which the remaining ones are updated.
 const BLOCK: usize = 128;
@@ -221,6 +221,7 @@ impl Rows<'_> {
                 &mut self.weight[end..],
                 cols,
                 true,
+                1.0,
                 View::new(&errors, [rows, width], width),
                 later,
             );
@@ -267,6 +268,7 @@ pub fn weighted_loss(matrix: &QuantMatrix, weight: &[f32], gram: &[f32]) -> f64 
                 &mut projected,
                 cols,
                 false,
+                1.0,
                 View::new(delta, [rows, cols], cols),
                 gram,
             );

@@ -1,10 +1,14 @@
 //! Round to nearest: every group on its own grid, no calibration.
 
+use olive_core::kernels::wide;
 use olive_core::packed::QuantMatrix;
 use olive_core::{DType, Error, Result};
 use rayon::prelude::*;
 
 use super::affine::{Affine, Grid};
+
+/// Groups that one task rounds.
+const TASK: usize = 64;
 
 /// Rounds `weight [rows, cols]` to grids of `group_size` inputs and packs it. `name` is for messages.
 ///
@@ -37,16 +41,20 @@ pub fn quantize(
         rows * groups
     ];
     values
-        .par_chunks_mut(group_size)
-        .zip(&mut grids)
-        .zip(weight.par_chunks(group_size))
-        .with_min_len(64)
-        .for_each(|((values, own), group)| {
-            let grid = affine.grid(group);
-            for (value, w) in values.iter_mut().zip(group) {
-                *value = affine.level(grid, *w) as u8;
-            }
-            *own = grid;
+        .par_chunks_mut(TASK * group_size)
+        .zip(grids.par_chunks_mut(TASK))
+        .zip(weight.par_chunks(TASK * group_size))
+        .for_each(|((values, grids), weight)| {
+            let groups = values.chunks_exact_mut(group_size).zip(weight.chunks_exact(group_size));
+            wide(|| {
+                for ((values, group), own) in groups.zip(grids) {
+                    let grid = affine.grid(group);
+                    for (value, w) in values.iter_mut().zip(group) {
+                        *value = affine.level(grid, *w) as u8;
+                    }
+                    *own = grid;
+                }
+            });
         });
     check(name, weight, &grids)?;
     let scales = grids.iter().map(|grid| grid.scale).collect();

@@ -230,7 +230,7 @@ fn losses(
     let ratios = candidates.iter().skip(1);
     ratios
         .map(|(_, scales)| match probe {
-            None => search.gram_losses(std::iter::once(scales))[0],
+            None => search.gram_losses(std::iter::once(scales.as_slice()))[0],
             Some(probe) => probe
                 .loss(search.rounded(scales), f64::INFINITY)
                 .unwrap()
@@ -339,5 +339,5 @@ fn the_gram_loss_is_the_loss_over_the_tokens() {
         }
     }
     let tokens = sum / (x.len() / 512 * 256) as f64;
-    assert!((search.gram_losses(std::iter::once(scales))[0] / tokens - 1.0).abs() < TOLERANCE);
+    assert!((search.gram_losses(std::iter::once(scales.as_slice()))[0] / tokens - 1.0).abs() < TOLERANCE);
 }

@@ -43,9 +43,16 @@ fn token_error(x: &[f32], weight: &[f32], rounded: &[f32]) -> f64 {
     sum
 }
 
+#[inline(always)]
+fn fake_quantize_row(row: &mut [f32], affine: Affine) {
+    affine.fake_quantize(row, GROUP);
+}
+
 fn rounded(weight: &[f32]) -> Vec<f32> {
     let mut rounded = weight.to_vec();
-    wide(|| rounded.chunks_exact_mut(COLS).for_each(|row| affine().fake_quantize(row, GROUP)));
+    for row in rounded.chunks_exact_mut(COLS) {
+        wide(fake_quantize_row, (row, affine()));
+    }
     rounded
 }
 

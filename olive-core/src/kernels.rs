@@ -6,6 +6,6 @@ mod exp;
 pub mod product;
 mod wide;
 
-pub(crate) use exp::{dot, exp, sigmoid, sum};
+pub(crate) use exp::{dot, exp, largest, sigmoid, sum};
 pub use product::{Packed, View, product, product_packed, product_parallel, row_dots};
 pub use wide::wide;

@@ -208,23 +208,25 @@ impl Run<'_> {
     }
 }
 
+/// `‖a - b‖²` and `‖b‖²`.
+#[inline(always)]
+fn squares(a: &[f32], b: &[f32]) -> [f64; 2] {
+    let mut sums = [[0.0f64; 8]; 2];
+    for (a, b) in a.chunks(8).zip(b.chunks(8)) {
+        for (i, (a, b)) in a.iter().zip(b).enumerate() {
+            let (error, whole) = (f64::from(a - b), f64::from(*b));
+            sums[0][i] += error * error;
+            sums[1][i] += whole * whole;
+        }
+    }
+    sums.map(|lanes| lanes.iter().sum::<f64>())
+}
+
 /// `‖a - b‖ / ‖b‖`.
 pub(crate) fn relative_error(a: &[f32], b: &[f32]) -> f64 {
     const TASK: usize = 1 << 16;
-    let sums = |(a, b): (&[f32], &[f32])| {
-        wide(|| {
-            let mut sums = [[0.0f64; 8]; 2];
-            for (a, b) in a.chunks(8).zip(b.chunks(8)) {
-                for (i, (a, b)) in a.iter().zip(b).enumerate() {
-                    let (error, whole) = (f64::from(a - b), f64::from(*b));
-                    sums[0][i] += error * error;
-                    sums[1][i] += whole * whole;
-                }
-            }
-            sums.map(|lanes| lanes.iter().sum::<f64>())
-        })
-    };
-    let parts: Vec<[f64; 2]> = a.par_chunks(TASK).zip(b.par_chunks(TASK)).map(sums).collect();
+    let pairs = a.par_chunks(TASK).zip(b.par_chunks(TASK));
+    let parts: Vec<[f64; 2]> = pairs.map(|(a, b)| wide(squares, (a, b))).collect();
     // Summed in order, whoever computed them.
     let [error, whole] = parts.iter().fold([0.0; 2], |[e, w], part| [e + part[0], w + part[1]]);
     if error == 0.0 { 0.0 } else { (error / whole).sqrt() }

@@ -85,30 +85,7 @@ impl DropoutStream {
         for part in &self.parts {
             let (own, after) = rest.split_at_mut(part.rows.saturating_mul(cols).min(rest.len()));
             rest = after;
-            host::by_rows(own, cols, |first, rows| self.scale_rows(*part, first, rows, cols));
-        }
-    }
-
-    /// Multiplies rows from row `first` of a part on.
-    #[inline(always)]
-    fn scale_rows(&self, part: Part, first: usize, values: &mut [f32], cols: usize) {
-        let threshold = (self.probability * 4_294_967_296.0) as u32;
-        let keep = (1.0 / (1.0 - self.probability)) as f32;
-        let start = (part.first_row + first as u64).wrapping_mul(cols as u64);
-        let bits = |pair: u64| mix(part.key.wrapping_add(pair.wrapping_mul(0x9E37_79B9_7F4A_7C15)));
-        let factor = |half: u32| if half >= threshold { keep } else { 0.0 };
-        // One hash serves the two elements of an even-odd pair of indices; an odd start begins within a pair.
-        let lead = ((start & 1) as usize).min(values.len());
-        let (ahead, pairs) = values.split_at_mut(lead);
-        for value in ahead {
-            *value *= factor((bits(start >> 1) >> 32) as u32);
-        }
-        let base = (start + lead as u64) >> 1;
-        for (index, pair) in pairs.chunks_mut(2).enumerate() {
-            let bits = bits(base + index as u64);
-            for (value, half) in pair.iter_mut().zip([bits as u32, (bits >> 32) as u32]) {
-                *value *= factor(half);
-            }
+            host::by_rows(own, cols, scale_rows, (self.probability, *part, cols));
         }
     }
 
@@ -126,6 +103,33 @@ impl DropoutStream {
         }
         let mask = Tensor::from_data(TensorData::new(self.mask(rows, cols), [rows, cols]), &device);
         x * mask
+    }
+}
+
+/// Multiplies rows from row `first` of a part on.
+#[inline(always)]
+fn scale_rows((probability, part, cols): (f64, Part, usize), first: usize, values: &mut [f32]) {
+    let threshold = (probability * 4_294_967_296.0) as u32;
+    let keep = (1.0 / (1.0 - probability)) as f32;
+    let start = (part.first_row + first as u64).wrapping_mul(cols as u64);
+    let bits = |pair: u64| mix(part.key.wrapping_add(pair.wrapping_mul(0x9E37_79B9_7F4A_7C15)));
+    let factor = |half: u32| if half >= threshold { keep } else { 0.0 };
+    // One hash serves the two elements of an even-odd pair of indices; an odd start begins within a pair.
+    let lead = ((start & 1) as usize).min(values.len());
+    let (ahead, pairs) = values.split_at_mut(lead);
+    for value in ahead {
+        *value *= factor((bits(start >> 1) >> 32) as u32);
+    }
+    let base = (start + lead as u64) >> 1;
+    let (pairs, last) = pairs.as_chunks_mut::<2>();
+    let after = base + pairs.len() as u64;
+    for (index, pair) in pairs.iter_mut().enumerate() {
+        let bits = bits(base + index as u64);
+        pair[0] *= factor(bits as u32);
+        pair[1] *= factor((bits >> 32) as u32);
+    }
+    for value in last {
+        *value *= factor(bits(after) as u32);
     }
 }
 

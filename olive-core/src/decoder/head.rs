@@ -10,7 +10,7 @@ use crate::arch::ModelSpec;
 use crate::checkpoint::TensorSource;
 use crate::data::IGNORED_LABEL;
 use crate::error::{Error, Result};
-use crate::kernels::{View, exp, product_parallel, sum, wide};
+use crate::kernels::{View, exp, largest, product_parallel, sum, wide};
 use crate::weight::WeightKind;
 
 /// Elements of the logits that exist at a time.
@@ -261,7 +261,7 @@ impl<B: Backend> Head<B> {
         let mut losses = vec![0.0f32; n];
         let rows = logits.par_chunks_exact_mut(vocab).zip(&mut losses).zip(positions);
         rows.for_each(|((logits, loss), position)| {
-            wide(|| *loss = softmax_slope(logits, position.target, scale(position)));
+            *loss = wide(softmax_slope, (logits, position.target, scale(position)));
         });
         if scales.is_some() {
             let mut d_normed = vec![0.0f32; n * width];
@@ -279,7 +279,7 @@ impl<B: Backend> Head<B> {
 /// The loss of a row of logits and, with a scale, in place of the logits the gradient of the loss times it.
 #[inline(always)]
 fn softmax_slope(logits: &mut [f32], target: usize, scale: Option<f32>) -> f32 {
-    let largest = logits.iter().fold(f32::NEG_INFINITY, |m, x| if *x > m { *x } else { m });
+    let largest = largest(logits);
     let target_logit = logits[target] - largest;
     for x in logits.iter_mut() {
         *x = exp(*x - largest);

@@ -58,59 +58,77 @@ pub(super) fn tensor<B: Backend, const D: usize>(
     Tensor::from_data(TensorData::new(values, shape), device)
 }
 
-/// Calls `f(first row, rows)` for pieces of `out`, rows of `width`, compiled for wide registers.
-pub(super) fn by_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+/// Calls `f(context, first row, rows)` for pieces of `out`, rows of `width`, compiled for wide registers: `f` is a
+/// function that is always inlined.
+pub(super) fn by_rows<C: Copy + Send + Sync>(
+    out: &mut [f32],
+    width: usize,
+    f: impl Fn(C, usize, &mut [f32]) + Copy + Sync,
+    context: C,
+) {
     let rows = (TASK / width.max(1)).max(1);
     let pieces = out.par_chunks_mut((rows * width).max(1)).enumerate();
-    pieces.for_each(|(index, out)| wide(|| f(index * rows, out)));
+    pieces.for_each(|(index, out)| wide(f, (context, index * rows, out)));
 }
 
 /// Adds `other` to `values`, element by element.
 pub(super) fn add(values: &mut [f32], other: &[f32]) {
-    by_rows(values, 1, |first, values| {
-        for (value, other) in values.iter_mut().zip(&other[first..]) {
-            *value += other;
-        }
-    });
+    by_rows(values, 1, add_from, other);
+}
+
+#[inline(always)]
+fn add_from(other: &[f32], first: usize, values: &mut [f32]) {
+    for (value, other) in values.iter_mut().zip(&other[first..]) {
+        *value += other;
+    }
 }
 
 /// Adds `row` to every row.
 pub(super) fn add_to_rows(values: &mut [f32], row: &[f32]) {
-    by_rows(values, row.len(), |_, values| {
-        for values in values.chunks_exact_mut(row.len()) {
-            for (value, other) in values.iter_mut().zip(row) {
-                *value += other;
-            }
+    by_rows(values, row.len(), add_row, row);
+}
+
+#[inline(always)]
+fn add_row(row: &[f32], _: usize, values: &mut [f32]) {
+    for values in values.chunks_exact_mut(row.len()) {
+        for (value, other) in values.iter_mut().zip(row) {
+            *value += other;
         }
-    });
+    }
 }
 
 /// RMS norm of rows of `weight.len()` elements.
 pub(super) fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
-    let n = weight.len();
     let mut y = vec![0.0; x.len()];
-    by_rows(&mut y, n, |first, y| {
-        for (x, y) in x[first * n..].chunks_exact(n).zip(y.chunks_exact_mut(n)) {
-            let inverse = 1.0 / (dot(x, x) / n as f32 + epsilon).sqrt();
-            for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-                *y = x * inverse * w;
-            }
-        }
-    });
+    by_rows(&mut y, weight.len(), norm_rows, (x, weight, epsilon));
     y
+}
+
+#[inline(always)]
+fn norm_rows((x, weight, epsilon): (&[f32], &[f32], f32), first: usize, y: &mut [f32]) {
+    let n = weight.len();
+    for (x, y) in x[first * n..].chunks_exact(n).zip(y.chunks_exact_mut(n)) {
+        let inverse = 1.0 / (dot(x, x) / n as f32 + epsilon).sqrt();
+        for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+            *y = x * inverse * w;
+        }
+    }
 }
 
 /// The gradient of the input of [`rms_norm`].
 pub(super) fn rms_norm_backward(x: &[f32], dy: &[f32], weight: &[f32], epsilon: f32) -> Vec<f32> {
-    let n = weight.len();
     let mut dx = vec![0.0; x.len()];
-    by_rows(&mut dx, n, |first, dx| {
-        let rows = x[first * n..].chunks_exact(n).zip(dy[first * n..].chunks_exact(n));
-        for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(n)) {
-            norm_slope(x, dy, dx, weight, epsilon);
-        }
-    });
+    by_rows(&mut dx, weight.len(), norm_slopes, ([x, dy, weight], epsilon));
     dx
+}
+
+#[inline(always)]
+fn norm_slopes(([x, dy, weight], epsilon): ([&[f32]; 3], f32), first: usize, dx: &mut [f32]) {
+    let n = weight.len();
+    let rows = x[first * n..].chunks_exact(n).zip(dy[first * n..].chunks_exact(n));
+    for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(n)) {
+        norm_slope(x, dy, dx, weight, epsilon);
+    }
 }
 
 /// One row of [`rms_norm_backward`].
@@ -130,10 +148,17 @@ fn norm_slope(x: &[f32], dy: &[f32], dx: &mut [f32], weight: &[f32], epsilon: f3
 /// `f(gate) · up` of rows `[gate, up]`.
 pub(super) fn gated(activation: Activation, both: &[f32], width: usize) -> Vec<f32> {
     let mut inner = vec![0.0; both.len() / 2];
-    by_rows(&mut inner, width, |first, inner| {
-        gated_rows(activation, &both[first * 2 * width..], inner, width);
-    });
+    by_rows(&mut inner, width, gated_from, (activation, both, width));
     inner
+}
+
+#[inline(always)]
+fn gated_from(
+    (activation, both, width): (Activation, &[f32], usize),
+    first: usize,
+    inner: &mut [f32],
+) {
+    gated_rows(activation, &both[first * 2 * width..], inner, width);
 }
 
 /// [`gated`] into `inner`, on this thread.
@@ -165,15 +190,22 @@ pub(super) fn gated_backward(
     width: usize,
 ) -> Vec<f32> {
     let mut d_both = vec![0.0; both.len()];
-    by_rows(&mut d_both, 2 * width, |first, d_both| {
-        let rows = both[first * 2 * width..]
-            .chunks_exact(2 * width)
-            .zip(d_inner[first * width..].chunks_exact(width));
-        for ((row, d_inner), d_row) in rows.zip(d_both.chunks_exact_mut(2 * width)) {
-            gate_slope(activation, row, d_inner, d_row);
-        }
-    });
+    by_rows(&mut d_both, 2 * width, gate_slopes, (activation, [both, d_inner], width));
     d_both
+}
+
+#[inline(always)]
+fn gate_slopes(
+    (activation, [both, d_inner], width): (Activation, [&[f32]; 2], usize),
+    first: usize,
+    d_both: &mut [f32],
+) {
+    let rows = both[first * 2 * width..]
+        .chunks_exact(2 * width)
+        .zip(d_inner[first * width..].chunks_exact(width));
+    for ((row, d_inner), d_row) in rows.zip(d_both.chunks_exact_mut(2 * width)) {
+        gate_slope(activation, row, d_inner, d_row);
+    }
 }
 
 /// One row of [`gated_backward`].
@@ -230,23 +262,24 @@ pub(super) struct Rotation<'a> {
 impl Rotation<'_> {
     /// Rotates one sequence of rows of `width`, in place.
     pub fn apply(&self, rows: &mut [f32], width: usize) {
-        by_rows(rows, width, |first, rows| self.turn(first, rows, width));
+        by_rows(rows, width, turn, (*self, width));
     }
 
-    /// Rotates the rows from position `first` on, on this thread.
-    #[inline(always)]
-    pub fn turn(&self, first: usize, rows: &mut [f32], width: usize) {
-        let half = self.half;
-        let tables = self.cos[first * half..]
-            .chunks_exact(half)
-            .zip(self.sin[first * half..].chunks_exact(half));
-        for (row, (cos, sin)) in rows.chunks_exact_mut(width).zip(tables) {
-            for vector in row.chunks_exact_mut(self.head_dim).take(self.heads) {
-                let (low, rest) = vector.split_at_mut(half);
-                for ((a, b), (cos, sin)) in low.iter_mut().zip(rest).zip(cos.iter().zip(sin)) {
-                    let sin = sin * self.sign;
-                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                }
+}
+
+/// Rotates the rows of `width` from position `first` on, on this thread.
+#[inline(always)]
+pub(super) fn turn((own, width): (Rotation<'_>, usize), first: usize, rows: &mut [f32]) {
+    let half = own.half;
+    let tables = own.cos[first * half..]
+        .chunks_exact(half)
+        .zip(own.sin[first * half..].chunks_exact(half));
+    for (row, (cos, sin)) in rows.chunks_exact_mut(width).zip(tables) {
+        for vector in row.chunks_exact_mut(own.head_dim).take(own.heads) {
+            let (low, rest) = vector.split_at_mut(half);
+            for ((a, b), (cos, sin)) in low.iter_mut().zip(rest).zip(cos.iter().zip(sin)) {
+                let sin = sin * own.sign;
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
             }
         }
     }
@@ -260,17 +293,15 @@ pub(super) fn norm_heads(
     weight: &[f32],
     epsilon: f32,
 ) {
-    by_rows(rows, width, |_, rows| norm_head_rows(rows, width, columns, weight, epsilon));
+    by_rows(rows, width, norm_head_rows, (width, columns, weight, epsilon));
 }
 
 /// [`norm_heads`] on this thread.
 #[inline(always)]
 pub(super) fn norm_head_rows(
+    (width, (first, heads), weight, epsilon): (usize, (usize, usize), &[f32], f32),
+    _: usize,
     rows: &mut [f32],
-    width: usize,
-    (first, heads): (usize, usize),
-    weight: &[f32],
-    epsilon: f32,
 ) {
     let d = weight.len();
     for row in rows.chunks_exact_mut(width) {
@@ -288,20 +319,25 @@ pub(super) fn norm_heads_backward(
     x: &[f32],
     d_rows: &mut [f32],
     width: usize,
-    (first, heads): (usize, usize),
+    columns: (usize, usize),
     weight: &[f32],
     epsilon: f32,
 ) {
+    by_rows(d_rows, width, head_slopes, (x, width, columns, weight, epsilon));
+}
+
+type HeadSlopes<'a> = (&'a [f32], usize, (usize, usize), &'a [f32], f32);
+
+#[inline(always)]
+fn head_slopes((x, width, (first, heads), weight, epsilon): HeadSlopes<'_>, row: usize, d_rows: &mut [f32]) {
     let d = weight.len();
-    by_rows(d_rows, width, |row, d_rows| {
-        let mut slope = vec![0.0; d];
-        let rows = x[row * width..].chunks_exact(width).zip(d_rows.chunks_exact_mut(width));
-        for (x, d_row) in rows {
-            let vectors = x[first..first + heads * d].chunks_exact(d);
-            for (x, dy) in vectors.zip(d_row[first..first + heads * d].chunks_exact_mut(d)) {
-                norm_slope(x, dy, &mut slope, weight, epsilon);
-                dy.copy_from_slice(&slope);
-            }
+    let mut slope = vec![0.0; d];
+    let rows = x[row * width..].chunks_exact(width).zip(d_rows.chunks_exact_mut(width));
+    for (x, d_row) in rows {
+        let vectors = x[first..first + heads * d].chunks_exact(d);
+        for (x, dy) in vectors.zip(d_row[first..first + heads * d].chunks_exact_mut(d)) {
+            norm_slope(x, dy, &mut slope, weight, epsilon);
+            dy.copy_from_slice(&slope);
         }
-    });
+    }
 }

@@ -124,7 +124,8 @@ impl PackedHalf {
             match &self.middle {
                 Middle::Attention(heads, norms) => {
                     for (weight, epsilon, columns) in norms {
-                        wide(|| host::norm_head_rows(both, width, *columns, weight, *epsilon));
+                        let norm = (width, *columns, weight.as_slice(), *epsilon);
+                        wide(host::norm_head_rows, (norm, 0, both.as_mut_slice()));
                     }
                     let (cos, sin) = (HostTensor::of(&tables.cos), HostTensor::of(&tables.sin));
                     let (cos, sin) = (
@@ -139,13 +140,14 @@ impl PackedHalf {
                         heads: heads.n_heads + heads.n_kv_heads,
                         head_dim: heads.head_dim,
                     };
-                    wide(|| rotation.turn(0, both, width));
+                    wide(host::turn, ((rotation, width), 0, both.as_mut_slice()));
                     inner.resize(rows * heads.out_width(), 0.0);
                     heads.forward(both, inner);
                 }
                 Middle::Mlp(activation) => {
                     inner.resize(rows * width / 2, 0.0);
-                    wide(|| host::gated_rows(*activation, both, inner, width / 2));
+                    let gate = (*activation, both.as_slice(), inner.as_mut_slice(), width / 2);
+                    wide(host::gated_rows, gate);
                 }
             }
             self.last.forward(inner, out);

@@ -8,7 +8,7 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::exp::{dot, exp, sum};
+use super::exp::{dot, exp, largest, sum};
 use super::{View, product, wide};
 
 /// Queries that attend together.
@@ -168,13 +168,7 @@ impl RowAttention {
         let k = self.head(qkv, width, key_head, [block.first_key, block.keys]);
         scores.resize(block.queries * block.keys, 0.0);
         product(scores, block.keys, false, self.scale, q, k.transposed());
-        wide(|| {
-            for (index, row) in scores.chunks_exact_mut(block.keys).enumerate() {
-                let query = block.first + index;
-                let oldest = (query + 1).saturating_sub(self.window).max(block.first_key);
-                softmax(row, oldest - block.first_key, query + 1 - block.first_key);
-            }
-        });
+        wide(softmax_rows, (scores.as_mut_slice(), block, self.window));
     }
 
     fn forward_head(&self, qkv: &[f32], head: usize, out: &mut [f32], stride: usize) {
@@ -211,16 +205,9 @@ impl RowAttention {
                     let p = View::new(scores, [block.queries, block.keys], block.keys);
                     let d_v = &mut rows[block.first_key * stride + value_column..];
                     product(d_v, stride, true, 1.0, p.transposed(), d_o);
-                    wide(|| {
-                        let both = scores.chunks_exact(block.keys).zip(slopes.chunks_exact_mut(block.keys));
-                        for (index, (p, dp)) in both.enumerate() {
-                            let at = (block.first + index) * self.out_width() + head * d;
-                            let row_sum = dot(&out[at..at + d], &d_out[at..at + d]);
-                            for (dp, p) in dp.iter_mut().zip(p) {
-                                *dp = p * (*dp - row_sum);
-                            }
-                        }
-                    });
+                    let first = block.first * self.out_width() + head * d;
+                    let outer = (&out[first..], &d_out[first..], d, self.out_width());
+                    wide(softmax_slopes, (scores.as_slice(), slopes.as_mut_slice(), block.keys, outer));
                     let ds = View::new(slopes, [block.queries, block.keys], block.keys);
                     let q = self.head(qkv, width, head, queries);
                     let k = self.head(qkv, width, self.n_heads + kv_head, keys);
@@ -235,20 +222,40 @@ impl RowAttention {
     }
 }
 
+/// Softmax of the scores of a block's queries.
+#[inline(always)]
+fn softmax_rows(scores: &mut [f32], block: Block, window: usize) {
+    for (index, row) in scores.chunks_exact_mut(block.keys).enumerate() {
+        let query = block.first + index;
+        let oldest = (query + 1).saturating_sub(window).max(block.first_key);
+        softmax(row, oldest - block.first_key, query + 1 - block.first_key);
+    }
+}
+
+/// `dS = P ∘ (dP - rowsum(dO ∘ O))`, into `dp`; a row of `out` and `d_out` has `d` elements every `stride`.
+#[inline(always)]
+fn softmax_slopes(
+    p: &[f32],
+    dp: &mut [f32],
+    keys: usize,
+    (out, d_out, d, stride): (&[f32], &[f32], usize, usize),
+) {
+    for (index, (p, dp)) in p.chunks_exact(keys).zip(dp.chunks_exact_mut(keys)).enumerate() {
+        let row = index * stride..index * stride + d;
+        let row_sum = dot(&out[row.clone()], &d_out[row]);
+        for (dp, p) in dp.iter_mut().zip(p) {
+            *dp = p * (*dp - row_sum);
+        }
+    }
+}
+
 /// Softmax of the elements `from..to`, in place; 0 elsewhere.
 #[inline(always)]
 fn softmax(row: &mut [f32], from: usize, to: usize) {
     row[..from].fill(0.0);
     row[to..].fill(0.0);
     let row = &mut row[from..to];
-    let mut lanes = [f32::NEG_INFINITY; super::exp::LANES];
-    let (chunks, rest) = row.as_chunks::<{ super::exp::LANES }>();
-    for chunk in chunks {
-        for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane = if *x > *lane { *x } else { *lane };
-        }
-    }
-    let largest = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, x| m.max(*x));
+    let largest = largest(row);
     for x in row.iter_mut() {
         *x = exp(*x - largest);
     }

@@ -31,6 +31,19 @@ pub(crate) fn sum(a: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + rest.iter().sum::<f32>()
 }
 
+/// The largest element, in lanes; what is not a number is passed over.
+#[inline(always)]
+pub(crate) fn largest(a: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = a.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = if *x > *lane { *x } else { *lane };
+        }
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, x| m.max(*x))
+}
+
 /// `eˣ` within two units in the last place for `x <= 88`; 0 below -87.3. Without branches, so that loops over it
 /// become vector code.
 #[inline(always)]

@@ -490,7 +490,7 @@ pub fn product_packed(
 /// The dot product of each row of `a` with the same row of `b`, both `[rows, cols]`, in double precision.
 pub fn row_dots<'a>(a: &'a [f32], b: &'a [f32], cols: usize) -> impl Iterator<Item = f64> + 'a {
     let rows = a.chunks_exact(cols).zip(b.chunks_exact(cols));
-    rows.map(|(a, b)| super::wide(|| long_dot(a, b)))
+    rows.map(|(a, b)| super::wide(long_dot, (a, b)))
 }
 
 /// Sixteen partial sums of a short block in single precision keep the loop vectorised; the blocks are summed in double

@@ -8,6 +8,7 @@ use olive_core::kernels::{row_dots, wide};
 use rayon::prelude::*;
 
 use super::{Half, HalfRun, table};
+use crate::quantizer::awq::search::subtract;
 
 /// Tokens of an MLP's task.
 const TOKENS: usize = 256;
@@ -123,11 +124,7 @@ impl<B: Backend> HalfRun<'_, B> {
         }
         for (found, token) in found.chunks_exact_mut(hidden).zip(task) {
             let wanted = &outputs[token.0].values()[place(*token)];
-            wide(|| {
-                for (found, wanted) in found.iter_mut().zip(wanted) {
-                    *found -= wanted;
-                }
-            });
+            wide(subtract, (found, wanted));
         }
         row_dots(&found, &found, hidden).collect()
     }

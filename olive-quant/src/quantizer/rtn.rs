@@ -45,21 +45,26 @@ pub fn quantize(
         .zip(grids.par_chunks_mut(TASK))
         .zip(weight.par_chunks(TASK * group_size))
         .for_each(|((values, grids), weight)| {
-            let groups = values.chunks_exact_mut(group_size).zip(weight.chunks_exact(group_size));
-            wide(|| {
-                for ((values, group), own) in groups.zip(grids) {
-                    let grid = affine.grid(group);
-                    for (value, w) in values.iter_mut().zip(group) {
-                        *value = affine.level(grid, *w) as u8;
-                    }
-                    *own = grid;
-                }
-            });
+            wide(round_groups, (values, grids, weight, affine));
         });
     check(name, weight, &grids)?;
     let scales = grids.iter().map(|grid| grid.scale).collect();
     let zeros: Vec<u8> = grids.iter().map(|grid| grid.zero as u8).collect();
     QuantMatrix::pack(shape, 4, group_size, &values, (scales, DType::F16), Some(&zeros))
+}
+
+/// Chooses the grid of each group and rounds to it.
+#[inline(always)]
+fn round_groups(values: &mut [u8], grids: &mut [Grid], weight: &[f32], affine: &Affine) {
+    let size = weight.len() / grids.len().max(1);
+    let groups = values.chunks_exact_mut(size).zip(weight.chunks_exact(size));
+    for ((values, group), own) in groups.zip(grids) {
+        let grid = affine.grid(group);
+        for (value, w) in values.iter_mut().zip(group) {
+            *value = affine.level(grid, *w) as u8;
+        }
+        *own = grid;
+    }
 }
 
 fn check(name: &str, weight: &[f32], grids: &[Grid]) -> Result<()> {

@@ -87,7 +87,7 @@ impl ClipSearch<'_> {
         for (group, deltas) in deltas.chunks_exact_mut(rows * n_steps * size).enumerate() {
             for (row, deltas) in deltas.chunks_exact_mut(n_steps * size).enumerate() {
                 let values = &weight[row * cols + group * size..][..size];
-                wide(|| self.fill_deltas(values, deltas));
+                wide(ClipSearch::fill_deltas, (self, values, deltas));
             }
             let all = View::new(deltas, [rows * n_steps, size], size);
             product_packed(&mut products, size, false, 1.0, all, &gram.own[group]);

@@ -190,11 +190,7 @@ impl<'a> ScaleSearch<'a> {
             .map(|weight| {
                 let mut delta = weight.to_vec();
                 self.round_scaled(&mut delta, scales);
-                wide(|| {
-                    for (d, w) in delta.iter_mut().zip(weight) {
-                        *d -= w;
-                    }
-                });
+                wide(subtract, (delta.as_mut_slice(), weight));
                 gram.error(&delta)
             })
             .collect();
@@ -205,17 +201,7 @@ impl<'a> ScaleSearch<'a> {
     /// `Q(W · s) / s` in place.
     fn round_scaled(&self, weight: &mut [f32], scales: &[f32]) {
         let group_size = self.options.group_for(scales.len());
-        wide(|| {
-            for row in weight.chunks_exact_mut(scales.len()) {
-                for (w, s) in row.iter_mut().zip(scales) {
-                    *w *= s;
-                }
-                self.affine.fake_quantize(row, group_size);
-                for (w, s) in row.iter_mut().zip(scales) {
-                    *w /= s;
-                }
-            }
-        });
+        wide(round_scaled, (weight, scales, self.affine, group_size));
     }
 
     /// The weights of every linear as they would act if rounded with these scales.
@@ -253,6 +239,28 @@ impl<'a> ScaleSearch<'a> {
             }
         }
         Ok(losses)
+    }
+}
+
+/// `Q(W · s) / s` in place.
+#[inline(always)]
+fn round_scaled(weight: &mut [f32], scales: &[f32], affine: Affine, group_size: usize) {
+    for row in weight.chunks_exact_mut(scales.len()) {
+        for (w, s) in row.iter_mut().zip(scales) {
+            *w *= s;
+        }
+        affine.fake_quantize(row, group_size);
+        for (w, s) in row.iter_mut().zip(scales) {
+            *w /= s;
+        }
+    }
+}
+
+/// `a - b` into `a`.
+#[inline(always)]
+pub(crate) fn subtract(a: &mut [f32], b: &[f32]) {
+    for (a, b) in a.iter_mut().zip(b) {
+        *a -= b;
     }
 }
 

@@ -35,13 +35,7 @@ impl InputStatistics {
     pub fn add(&mut self, x: &[f32]) {
         let channels = self.channels;
         let rows = x.len() / channels;
-        wide(|| {
-            for row in x.chunks_exact(channels) {
-                for (sum, value) in self.abs_sums.iter_mut().zip(row) {
-                    *sum += f64::from(value.abs());
-                }
-            }
-        });
+        wide(add_magnitudes, (self.abs_sums.as_mut_slice(), x));
         self.gram
             .par_chunks_mut(channels * BLOCK)
             .enumerate()
@@ -108,6 +102,16 @@ impl InputStatistics {
     /// Bytes that statistics of such an input take.
     pub fn byte_len(channels: usize) -> u64 {
         (channels * channels * size_of::<f32>()) as u64
+    }
+}
+
+/// Adds `|x|` of every row to the sums of the channels.
+#[inline(always)]
+fn add_magnitudes(sums: &mut [f64], x: &[f32]) {
+    for row in x.chunks_exact(sums.len()) {
+        for (sum, value) in sums.iter_mut().zip(row) {
+            *sum += f64::from(value.abs());
+        }
     }
 }
 

@@ -1,6 +1,5 @@
 //! The kernels of calibration: rounding to a grid, the Gram matrix, the search for scales and for clips. Each result is
 //! checked against a plain one first.
-#![expect(clippy::unwrap_used, reason = "an unwrap that fails stops the benchmark")]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use olive_benches::values;
@@ -36,7 +35,11 @@ fn token_error(x: &[f32], weight: &[f32], rounded: &[f32]) -> f64 {
     let mut sum = 0.0;
     for x in x.chunks_exact(COLS) {
         for delta in delta.chunks_exact(COLS) {
-            let y: f64 = x.iter().zip(delta).map(|(x, d)| f64::from(*x) * f64::from(*d)).sum();
+            let y: f64 = x
+                .iter()
+                .zip(delta)
+                .map(|(x, d)| f64::from(*x) * f64::from(*d))
+                .sum();
             sum += y * y;
         }
     }

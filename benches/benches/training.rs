@@ -48,8 +48,16 @@ fn products(c: &mut Criterion) {
             let (i, j) = (index / n, index % n);
             let wanted: f64 = (0..k)
                 .map(|l| {
-                    let x = if turned == Left { a[l * m + i] } else { a[i * k + l] };
-                    let y = if turned == Right { b[j * k + l] } else { b[l * n + j] };
+                    let x = if turned == Left {
+                        a[l * m + i]
+                    } else {
+                        a[i * k + l]
+                    };
+                    let y = if turned == Right {
+                        b[j * k + l]
+                    } else {
+                        b[l * n + j]
+                    };
                     f64::from(x) * f64::from(y)
                 })
                 .sum();
@@ -85,7 +93,9 @@ fn attention(c: &mut Criterion) {
         };
         let total: f64 = (0..=query).map(score).sum();
         for i in 0..64 {
-            let wanted: f64 = (0..=query).map(|key| score(key) / total * at(key, 16 + head, i)).sum();
+            let wanted: f64 = (0..=query)
+                .map(|key| score(key) / total * at(key, 16 + head, i))
+                .sum();
             let found = f64::from(out[query * heads.out_width() + head * 64 + i]);
             assert!((found - wanted).abs() < 1e-5);
         }
@@ -107,7 +117,10 @@ fn cross_entropy(c: &mut Criterion) {
     let spec = model.spec();
     let head = Head::<Cpu>::load(model.tensors(), spec, None, &Default::default()).unwrap();
     let (rows, hidden) = (512, spec.hidden_size);
-    let x = Tensor::<Cpu, 2>::from_data(TensorData::new(values(rows * hidden, 4), [rows, hidden]), &Default::default());
+    let x = Tensor::<Cpu, 2>::from_data(
+        TensorData::new(values(rows * hidden, 4), [rows, hidden]),
+        &Default::default(),
+    );
     let labels: Vec<i64> = (0..rows as i64).map(|i| i * 7 % spec.vocab_size as i64).collect();
     let run = || head.cross_entropy(x.clone(), &[&labels], Some(&[1.0])).unwrap();
     let logits: Vec<f32> = head.logits(x.clone().unsqueeze()).into_data().into_vec().unwrap();

@@ -27,8 +27,8 @@ mod trial;
 
 pub use dora::Magnitude;
 pub use dropout::DropoutStream;
-pub use host::HostTensor;
 pub use head::{CrossEntropy, Embedding, Head};
+pub use host::HostTensor;
 pub use layer::{DecoderLayer, LayerGradients, LayerTape, Observer};
 pub use linear::{BaseWeight, Linear, LinearTape, LowRank, LowRankGradient};
 pub use norm::RmsNorm;

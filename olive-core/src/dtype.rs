@@ -1,6 +1,7 @@
 //! Element types, and their conversion to and from `f32`.
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 /// The type of a tensor's elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -81,36 +82,39 @@ impl DType {
     /// Decodes little-endian `bytes` of this type to `f32`; `None` if it is not a float or the length is ragged.
     /// `F64` is rounded, the narrower types are exact.
     pub fn to_f32(self, bytes: &[u8]) -> Option<Vec<f32>> {
-        if !bytes.len().is_multiple_of(self.size()) {
+        /// Elements that one task converts.
+        const TASK: usize = 1 << 16;
+        let size = self.size();
+        if !bytes.len().is_multiple_of(size) || !self.converts_to_f32() {
             return None;
         }
-        Some(match self {
-            Self::F32 => bytes
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .map(|b| f32::from_le_bytes(*b))
-                .collect(),
-            Self::F16 => bytes
-                .as_chunks::<2>()
-                .0
-                .iter()
-                .map(|b| f16::from_le_bytes(*b).to_f32())
-                .collect(),
-            Self::BF16 => bytes
-                .as_chunks::<2>()
-                .0
-                .iter()
-                .map(|b| bf16::from_le_bytes(*b).to_f32())
-                .collect(),
-            Self::F64 => bytes
-                .as_chunks::<8>()
-                .0
-                .iter()
-                .map(|b| f64::from_le_bytes(*b) as f32)
-                .collect(),
-            _ => return None,
-        })
+        let mut values = vec![0.0; bytes.len() / size];
+        let pieces = values.par_chunks_mut(TASK).zip(bytes.par_chunks(TASK * size));
+        pieces.for_each(|(values, bytes)| self.fill_f32(bytes, values));
+        Some(values)
+    }
+
+    fn converts_to_f32(self) -> bool {
+        matches!(self, Self::F16 | Self::BF16 | Self::F32 | Self::F64)
+    }
+
+    /// The elements of `bytes`; nothing of a type that holds no floats.
+    fn fill_f32(self, bytes: &[u8], values: &mut [f32]) {
+        fn each<const N: usize>(bytes: &[u8], values: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
+            for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<N>().0) {
+                *value = convert(*bytes);
+            }
+        }
+        match self {
+            Self::F32 => each(bytes, values, f32::from_le_bytes),
+            Self::F16 => each(bytes, values, |b| f16::from_le_bytes(b).to_f32()),
+            // The upper half of a single: without a branch for what is not a number, the loop is vector code.
+            Self::BF16 => each(bytes, values, |b| {
+                f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)
+            }),
+            Self::F64 => each(bytes, values, |b| f64::from_le_bytes(b) as f32),
+            _ => (),
+        }
     }
 
     /// Encodes `values` as little-endian bytes of this type, rounding half to even; `None` if it is not a float.

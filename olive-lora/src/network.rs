@@ -162,7 +162,9 @@ impl<B: Backend> Network<B> {
     ) -> Result<GroupResult> {
         let sequences = || group.iter().map(|own| &own.sequence);
         let tables = tables_of(tables, sequences())?;
-        let streams = group.iter().map(|own| (own.dropout.clone(), own.sequence.ids.len()));
+        let streams = group
+            .iter()
+            .map(|own| (own.dropout.clone(), own.sequence.ids.len()));
         let dropout = DropoutStream::join(streams);
         let stream = |index: usize| dropout.child(index as u64);
         // Nothing below the lowest adapted layer is trained.

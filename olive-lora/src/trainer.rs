@@ -69,6 +69,8 @@ pub(crate) struct Trainer<'a, B: Backend> {
     tables: Tables<B>,
     snapshot: Snapshot,
     kept_at: Instant,
+    /// Lines of the log's file, once this process has written it.
+    written_lines: Option<usize>,
     logged_at: (Instant, u64),
 }
 
@@ -112,6 +114,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             tables: Tables::new(),
             snapshot,
             kept_at: Instant::now(),
+            written_lines: None,
             logged_at: (Instant::now(), seen),
         })
     }
@@ -309,7 +312,11 @@ impl<'a, B: Backend> Trainer<'a, B> {
             self.evaluate()?;
         }
         self.snapshot.state.step_is_open = false;
-        train_log::write(self.context.output, &self.snapshot.state.log_history)?;
+        let lines = self.snapshot.state.log_history.len();
+        if self.written_lines != Some(lines) {
+            train_log::write(self.context.output, &self.snapshot.state.log_history)?;
+            self.written_lines = Some(lines);
+        }
         let at_end = step == self.total_steps && self.arguments.save_at_end;
         if at_end || self.arguments.save.is_due(step, self.total_steps, epoch_ends) {
             let folder = checkpoint::folder_of(self.context.output, step);

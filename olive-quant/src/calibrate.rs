@@ -260,7 +260,10 @@ impl<B: Backend> BlockProbe for HalfRun<'_, B> {
         for (normed, outputs) in self.normed.iter().zip(&self.outputs) {
             self.cancel.check()?;
             let difference = to_host(self.output(&layer, normed) - outputs.clone());
-            sum += difference.iter().map(|d| f64::from(*d) * f64::from(*d)).sum::<f64>();
+            sum += difference
+                .iter()
+                .map(|d| f64::from(*d) * f64::from(*d))
+                .sum::<f64>();
             if sum > limit * elements {
                 return Ok(None);
             }

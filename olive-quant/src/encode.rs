@@ -3,7 +3,7 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use olive_core::packed::awq_gemm;
-use olive_core::{CheckpointPlan, DType, Error, LinearSpec, ModelSpec, QuantMatrix, Result};
+use olive_core::{CheckpointPlan, DType, Error, LinearSpec, ModelSpec, QuantMatrix, Result, TensorSource};
 use rayon::prelude::*;
 
 use crate::layer::LayerWeights;
@@ -59,35 +59,71 @@ pub fn packed(name: &str, matrix: &QuantMatrix) -> Result<[Encoded; 3]> {
     ])
 }
 
+/// Elements that one task converts.
+const TASK: usize = 1 << 16;
+
 /// `values` in half precision.
 ///
 /// # Errors
 /// [`Error::Tensor`] if a value is beyond its range, [`Error::NotFinite`] if one is not finite.
 pub fn half(name: &str, values: &[f32]) -> Result<Vec<u8>> {
-    const TASK: usize = 1 << 16;
-    let mut halves = vec![f16::ZERO; values.len()];
-    let infinite: usize = halves
-        .par_chunks_mut(TASK)
-        .zip(values.par_chunks(TASK))
-        .map(|(halves, values)| {
-            halves.convert_from_f32_slice(values);
-            halves.iter().filter(|half| !half.is_finite()).count()
-        })
-        .sum();
-    if infinite > 0 {
-        let bad = values.iter().filter(|v| !v.is_finite()).count();
-        if bad > 0 {
-            return Err(Error::NotFinite {
-                what: format!("tensor `{name}`"),
-                found: bad,
-            });
-        }
-        let largest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-        let found = format!("{infinite} value(s) up to {largest:e}");
-        return Err(Error::tensor(name, "values that fit float16", found));
+    let mut bytes = vec![0; 2 * values.len()];
+    let pieces = bytes.par_chunks_mut(2 * TASK).zip(values.par_chunks(TASK));
+    if pieces
+        .map(|(bytes, values)| fill_half(values, bytes))
+        .reduce(|| true, |a, b| a && b)
+    {
+        return Ok(bytes);
     }
-    halves.iter_mut().for_each(|half| *half = f16::from_bits(half.to_bits().to_le()));
-    Ok(bytemuck::cast_slice(&halves).to_vec())
+    let bad = values.iter().filter(|v| !v.is_finite()).count();
+    if bad > 0 {
+        return Err(Error::NotFinite {
+            what: format!("tensor `{name}`"),
+            found: bad,
+        });
+    }
+    let wide = values.iter().filter(|v| f16::from_f32(**v).is_infinite()).count();
+    let largest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+    let found = format!("{wide} value(s) up to {largest:e}");
+    Err(Error::tensor(name, "values that fit float16", found))
+}
+
+/// The stored tensor `name` of this shape in half precision; never all of it in single precision.
+///
+/// # Errors
+/// Those of reading a tensor that must exist with that shape and be finite, and of [`half()`].
+pub fn stored_half(source: &dyn TensorSource, name: &str, shape: &[usize]) -> Result<Vec<u8>> {
+    let info = source.require(name)?;
+    if info.shape == shape {
+        let (stored, size) = (source.bytes(name)?, info.dtype.size());
+        let mut bytes = vec![0; stored.len() / size * 2];
+        let pieces = bytes.par_chunks_mut(2 * TASK).zip(stored.par_chunks(TASK * size));
+        let convert = |(bytes, stored): (&mut [u8], &[u8])| {
+            let values = info.dtype.to_f32(stored);
+            values.is_some_and(|values| fill_half(&values, bytes))
+        };
+        if pieces.map(convert).reduce(|| true, |a, b| a && b) {
+            return Ok(bytes);
+        }
+    }
+    // What is wrong with it is said by those who look at all of it.
+    half(name, &source.read_f32_checked(name, shape)?)
+}
+
+/// `values` as half-precision bytes; whether all of them are finite.
+fn fill_half(values: &[f32], bytes: &mut [u8]) -> bool {
+    const LANES: usize = 64;
+    let mut finite = true;
+    for (bytes, values) in bytes.chunks_mut(2 * LANES).zip(values.chunks(LANES)) {
+        let mut halves = [f16::ZERO; LANES];
+        let halves = &mut halves[..values.len()];
+        halves.convert_from_f32_slice(values);
+        for (bytes, half) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(halves) {
+            *bytes = half.to_le_bytes();
+            finite &= half.is_finite();
+        }
+    }
+    finite
 }
 
 /// Norms, biases and linears that stay dense, of a layer.

@@ -121,8 +121,7 @@ fn write_checkpoint(
         }
     }
     for (name, info) in plan.tensors.iter().filter(|(name, _)| !name.contains(".layers.")) {
-        let values = source.read_f32_checked(name, &info.shape)?;
-        writer.write(name, &encode::half(name, &values)?)?;
+        writer.write(name, &encode::stored_half(source, name, &info.shape)?)?;
     }
     writer.finish()
 }

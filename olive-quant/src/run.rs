@@ -228,7 +228,9 @@ pub(crate) fn relative_error(a: &[f32], b: &[f32]) -> f64 {
     let pairs = a.par_chunks(TASK).zip(b.par_chunks(TASK));
     let parts: Vec<[f64; 2]> = pairs.map(|(a, b)| wide(squares, (a, b))).collect();
     // Summed in order, whoever computed them.
-    let [error, whole] = parts.iter().fold([0.0; 2], |[e, w], part| [e + part[0], w + part[1]]);
+    let [error, whole] = parts
+        .iter()
+        .fold([0.0; 2], |[e, w], part| [e + part[0], w + part[1]]);
     if error == 0.0 { 0.0 } else { (error / whole).sqrt() }
 }
 

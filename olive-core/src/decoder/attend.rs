@@ -144,7 +144,10 @@ impl<B: Backend> Attend<'_, B> {
 
     fn rows(&self, sequences: &[&SequenceTables<B>]) -> (RowAttention, Vec<usize>) {
         let window = sequences.first().map_or(usize::MAX, |tables| tables.window);
-        (self.heads(window), sequences.iter().map(|tables| tables.length).collect())
+        (
+            self.heads(window),
+            sequences.iter().map(|tables| tables.length).collect(),
+        )
     }
 
     /// The same heads for rows in host memory.
@@ -175,7 +178,10 @@ impl<B: Backend> Attend<'_, B> {
         self.rotate_rows(&mut rows, sequences, 1.0);
         let out = heads.forward_parallel(&rows, &lengths);
         let attended = host::tensor(out, [shape[0], heads.out_width()], &device);
-        (attended, AttendTape::Rows(host::tensor(rows, shape, &device), unnormed))
+        (
+            attended,
+            AttendTape::Rows(host::tensor(rows, shape, &device), unnormed),
+        )
     }
 
     fn backward_rows(

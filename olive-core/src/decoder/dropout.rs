@@ -50,7 +50,9 @@ impl DropoutStream {
         let mut joined = Self::none();
         for (stream, rows) in streams {
             joined.probability = stream.probability;
-            joined.parts.extend(stream.parts.first().map(|part| Part { rows, ..*part }));
+            joined
+                .parts
+                .extend(stream.parts.first().map(|part| Part { rows, ..*part }));
         }
         joined
     }
@@ -157,7 +159,9 @@ mod tests {
         assert_ne!(whole, DropoutStream::new(0.25, 7, 0).child(4).mask(64, 33));
         assert_ne!(whole, DropoutStream::new(0.25, 8, 0).child(3).mask(64, 33));
         let part = |first| DropoutStream::new(0.25, 7, first);
-        let joined = DropoutStream::join([(part(40), 24), (part(0), 10)]).child(3).mask(34, 33);
+        let joined = DropoutStream::join([(part(40), 24), (part(0), 10)])
+            .child(3)
+            .mask(34, 33);
         assert_eq!(joined[..24 * 33], tail);
         assert_eq!(joined[24 * 33..], whole[..10 * 33]);
     }

@@ -173,7 +173,14 @@ impl<B: Backend> Head<B> {
             d_hidden: None,
         };
         let on_host = HostTensor::of(&hidden);
-        let mut d_values = vec![0.0f32; if scales.is_some() && on_host.is_some() { n * width } else { 0 }];
+        let mut d_values = vec![
+            0.0f32;
+            if scales.is_some() && on_host.is_some() {
+                n * width
+            } else {
+                0
+            }
+        ];
         let mut d_rows = Vec::new();
         let step = (CHUNK_ELEMENTS / vocab).max(CHUNK_ROWS);
         for positions in positions.chunks(step) {
@@ -246,9 +253,14 @@ impl<B: Backend> Head<B> {
     ) -> Vec<f32> {
         let [vocab, width] = self.weight.dims();
         let of = |x: Option<HostTensor>| x.expect("invariant: tensors are in host memory");
-        let (weight, norm) = (of(HostTensor::of(&self.weight)), of(HostTensor::of(&self.norm.weight)));
+        let (weight, norm) = (
+            of(HostTensor::of(&self.weight)),
+            of(HostTensor::of(&self.norm.weight)),
+        );
         let epsilon = self.norm.epsilon as f32;
-        let (n, scale) = (positions.len(), |p: &Position| scales.map(|s| s[p.sequence] as f32));
+        let (n, scale) = (positions.len(), |p: &Position| {
+            scales.map(|s| s[p.sequence] as f32)
+        });
         let mut x = Vec::with_capacity(n * width);
         for position in positions {
             x.extend_from_slice(&hidden[position.row * width..][..width]);

@@ -125,7 +125,9 @@ pub(super) fn rms_norm_backward(x: &[f32], dy: &[f32], weight: &[f32], epsilon: 
 #[inline(always)]
 fn norm_slopes(([x, dy, weight], epsilon): ([&[f32]; 3], f32), first: usize, dx: &mut [f32]) {
     let n = weight.len();
-    let rows = x[first * n..].chunks_exact(n).zip(dy[first * n..].chunks_exact(n));
+    let rows = x[first * n..]
+        .chunks_exact(n)
+        .zip(dy[first * n..].chunks_exact(n));
     for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(n)) {
         norm_slope(x, dy, dx, weight, epsilon);
     }
@@ -153,11 +155,7 @@ pub(super) fn gated(activation: Activation, both: &[f32], width: usize) -> Vec<f
 }
 
 #[inline(always)]
-fn gated_from(
-    (activation, both, width): (Activation, &[f32], usize),
-    first: usize,
-    inner: &mut [f32],
-) {
+fn gated_from((activation, both, width): (Activation, &[f32], usize), first: usize, inner: &mut [f32]) {
     gated_rows(activation, &both[first * 2 * width..], inner, width);
 }
 
@@ -190,7 +188,12 @@ pub(super) fn gated_backward(
     width: usize,
 ) -> Vec<f32> {
     let mut d_both = vec![0.0; both.len()];
-    by_rows(&mut d_both, 2 * width, gate_slopes, (activation, [both, d_inner], width));
+    by_rows(
+        &mut d_both,
+        2 * width,
+        gate_slopes,
+        (activation, [both, d_inner], width),
+    );
     d_both
 }
 
@@ -264,7 +267,6 @@ impl Rotation<'_> {
     pub fn apply(&self, rows: &mut [f32], width: usize) {
         by_rows(rows, width, turn, (*self, width));
     }
-
 }
 
 /// Rotates the rows of `width` from position `first` on, on this thread.
@@ -332,7 +334,9 @@ type HeadSlopes<'a> = (&'a [f32], usize, (usize, usize), &'a [f32], f32);
 fn head_slopes((x, width, (first, heads), weight, epsilon): HeadSlopes<'_>, row: usize, d_rows: &mut [f32]) {
     let d = weight.len();
     let mut slope = vec![0.0; d];
-    let rows = x[row * width..].chunks_exact(width).zip(d_rows.chunks_exact_mut(width));
+    let rows = x[row * width..]
+        .chunks_exact(width)
+        .zip(d_rows.chunks_exact_mut(width));
     for (x, d_row) in rows {
         let vectors = x[first..first + heads * d].chunks_exact(d);
         for (x, dy) in vectors.zip(d_row[first..first + heads * d].chunks_exact_mut(d)) {

@@ -245,7 +245,9 @@ impl<B: Backend> DecoderLayer<B> {
         let d_middle = matmul::add(dy, self.post_attention_norm.backward(&tape.middle, d_normed));
 
         let d_rows = back(&[LinearRole::O], Some(&tape.attended), d_middle.clone());
-        let d_qkv = self.attend().backward(tape.attend, &tape.attended, d_rows, sequences);
+        let d_qkv = self
+            .attend()
+            .backward(tape.attend, &tape.attended, d_rows, sequences);
         let d_normed = back(&QKV, tape.normed.as_ref(), d_qkv);
         matmul::add(d_middle, self.input_norm.backward(&tape.x, d_normed))
     }

@@ -407,7 +407,9 @@ fn the_gradient_of_the_cross_entropy_is_its_derivative() {
     }
     // The same in the backend's own operations.
     let oracle = Head::<Autodiff<Cpu>>::load(model.tensors(), spec, None, &Default::default()).unwrap();
-    let plain = oracle.cross_entropy(tensor(shape, 1), &labels, Some(&scales)).unwrap();
+    let plain = oracle
+        .cross_entropy(tensor(shape, 1), &labels, Some(&scales))
+        .unwrap();
     close(&found, &values(plain.d_hidden.unwrap()), 1e-5, "gradient");
     for (a, b) in plain.sums.iter().zip(&result.sums) {
         assert!((a - b).abs() < 1e-4, "{a} {b}");

@@ -66,7 +66,9 @@ impl RowAttention {
         let rows: usize = lengths.iter().sum();
         let mut out = vec![0.0; rows * self.out_width()];
         if rayon::current_num_threads() == 1 {
-            for (own, out) in parts(qkv, lengths, self.width()).zip(parts_mut(&mut out, lengths, self.out_width())) {
+            for (own, out) in
+                parts(qkv, lengths, self.width()).zip(parts_mut(&mut out, lengths, self.out_width()))
+            {
                 self.forward(own, out);
             }
             return out;
@@ -94,7 +96,8 @@ impl RowAttention {
         let mut d_qkv = vec![0.0; qkv.len()];
         let starts = starts(lengths);
         let stacks = self.tasks_at(lengths, self.n_kv_heads, |sequence, head| {
-            let range = |width: usize| starts[sequence] * width..(starts[sequence] + lengths[sequence]) * width;
+            let range =
+                |width: usize| starts[sequence] * width..(starts[sequence] + lengths[sequence]) * width;
             let outer = range(self.out_width());
             self.backward_stack(&qkv[range(width)], &out[outer.clone()], &d_out[outer], head)
         });
@@ -104,7 +107,13 @@ impl RowAttention {
             let own = (groups + 2) * d;
             for (head, values) in stacks.iter().enumerate() {
                 place(values, (0, own), groups * d, rows, (head * groups * d, width));
-                place(values, (groups * d, own), d, rows, ((self.n_heads + head) * d, width));
+                place(
+                    values,
+                    (groups * d, own),
+                    d,
+                    rows,
+                    ((self.n_heads + head) * d, width),
+                );
                 let value_column = (self.n_heads + self.n_kv_heads + head) * d;
                 place(values, ((groups + 1) * d, own), d, rows, (value_column, width));
             }
@@ -207,7 +216,10 @@ impl RowAttention {
                     product(d_v, stride, true, 1.0, p.transposed(), d_o);
                     let first = block.first * self.out_width() + head * d;
                     let outer = (&out[first..], &d_out[first..], d, self.out_width());
-                    wide(softmax_slopes, (scores.as_slice(), slopes.as_mut_slice(), block.keys, outer));
+                    wide(
+                        softmax_slopes,
+                        (scores.as_slice(), slopes.as_mut_slice(), block.keys, outer),
+                    );
                     let ds = View::new(slopes, [block.queries, block.keys], block.keys);
                     let q = self.head(qkv, width, head, queries);
                     let k = self.head(qkv, width, self.n_heads + kv_head, keys);
@@ -290,7 +302,11 @@ fn parts<'a>(rows: &'a [f32], lengths: &'a [usize], width: usize) -> impl Iterat
     })
 }
 
-fn parts_mut<'a>(rows: &'a mut [f32], lengths: &'a [usize], width: usize) -> impl Iterator<Item = &'a mut [f32]> {
+fn parts_mut<'a>(
+    rows: &'a mut [f32],
+    lengths: &'a [usize],
+    width: usize,
+) -> impl Iterator<Item = &'a mut [f32]> {
     lengths.iter().scan(rows, move |rest, length| {
         let (own, after) = std::mem::take(rest).split_at_mut(length * width);
         *rest = after;
@@ -384,7 +400,11 @@ mod tests {
                         loss(&moved)
                     };
                     let slope = (moved(1e-5) - moved(-1e-5)) / 2e-5;
-                    assert!((slope - d_qkv[index]).abs() < 2e-4, "{index}: {slope} {}", d_qkv[index]);
+                    assert!(
+                        (slope - d_qkv[index]).abs() < 2e-4,
+                        "{index}: {slope} {}",
+                        d_qkv[index]
+                    );
                 }
                 first += length;
             }
@@ -398,7 +418,10 @@ mod tests {
         let qkv = values(150 * own.width(), 7);
         let d_out = values(150 * own.out_width(), 8);
         let run = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
             pool.install(|| {
                 let out = own.forward_parallel(&qkv, &lengths);
                 let d_qkv = own.backward_parallel(&qkv, &out, &d_out, &lengths);

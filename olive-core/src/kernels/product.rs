@@ -187,7 +187,11 @@ pub fn product_parallel(
     let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
     let c = Shared(destination(out, row_stride, add, alpha, [m, n]));
     // The `gemm` crate does not say that its sums are the same for every split, so that there it is fixed.
-    let threads = if own_kernels() { rayon::current_num_threads() } else { 8 };
+    let threads = if own_kernels() {
+        rayon::current_num_threads()
+    } else {
+        8
+    };
     let tasks = (m * n * k / TASK).clamp(1, 2 * threads);
     if threads == 1 || tasks == 1 {
         // SAFETY: the destination holds the product, and is borrowed exclusively.
@@ -353,7 +357,11 @@ fn pack_block(b: View<'_>, [p0, depth]: [usize; 2], [j0, width]: [usize; 2], out
                 for (p, row) in panel.chunks_exact_mut(padded).enumerate() {
                     for (l, value) in row[v..][..LANES].iter_mut().enumerate() {
                         let inside = l < count;
-                        *value = if inside { source[p * b.row_stride + l * b.col_stride] } else { 0.0 };
+                        *value = if inside {
+                            source[p * b.row_stride + l * b.col_stride]
+                        } else {
+                            0.0
+                        };
                     }
                 }
             }
@@ -525,7 +533,10 @@ mod tests {
     fn close(out: &[f32], expected: impl Fn(usize) -> f64, what: &str) {
         for (index, value) in out.iter().enumerate() {
             let wanted = expected(index);
-            assert!((f64::from(*value) - wanted).abs() < 2e-4, "{what} {index}: {value} {wanted}");
+            assert!(
+                (f64::from(*value) - wanted).abs() < 2e-4,
+                "{what} {index}: {value} {wanted}"
+            );
         }
     }
 
@@ -573,7 +584,7 @@ mod tests {
                     let expected = expected(if add { 1.0 } else { 0.0 });
                     let mut out = vec![1.0; m * wide];
                     product(&mut out, wide, add, 0.5, lhs, rhs);
-                    close(&out, &expected, &what);
+                    close(&out, expected, &what);
                     let mut parallel = vec![1.0; m * wide];
                     product_parallel(&mut parallel, wide, add, 0.5, lhs, rhs);
                     assert_eq!(out, parallel, "{what}");
@@ -584,7 +595,7 @@ mod tests {
                     let c = destination(&mut crate_out, wide, add, 0.5, [m, n]);
                     // SAFETY: the destination was checked.
                     unsafe { by_crate(lhs, rhs, c) };
-                    close(&crate_out, &expected, &what);
+                    close(&crate_out, expected, &what);
                 }
             }
         }
@@ -595,7 +606,10 @@ mod tests {
         let (m, n, k) = (300, 520, 700);
         let (a, b) = (values(m * k, 5), values(k * n, 6));
         let run = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build()
+                .unwrap();
             let mut out = vec![0.0; m * n];
             pool.install(|| {
                 let (lhs, rhs) = (View::new(&a, [m, k], k), View::new(&b, [n, k], k).transposed());

@@ -104,7 +104,12 @@ impl<B: Backend> HalfRun<'_, B> {
     }
 
     /// The squared difference at each token of a task.
-    fn task_errors(&self, half: &PackedHalf, [normed, outputs]: [&[HostTensor]; 2], task: &[Token]) -> Vec<f64> {
+    fn task_errors(
+        &self,
+        half: &PackedHalf,
+        [normed, outputs]: [&[HostTensor]; 2],
+        task: &[Token],
+    ) -> Vec<f64> {
         let Some((first, _)) = task.first() else {
             return Vec::new();
         };

@@ -109,7 +109,13 @@ unsafe fn tile<const MR: usize, const NV: usize>(
 /// The processor has AVX-512 F; 16 rows of `k` elements can be read `stride` apart, and `k` rows of 16 elements
 /// written `width` apart.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn pack_transposed(source: *const f32, stride: usize, k: usize, out: *mut f32, width: usize) {
+pub(super) unsafe fn pack_transposed(
+    source: *const f32,
+    stride: usize,
+    k: usize,
+    out: *mut f32,
+    width: usize,
+) {
     let mut p = 0;
     // SAFETY: as promised by the caller.
     unsafe {

@@ -172,7 +172,10 @@ impl<'a> ScaleSearch<'a> {
         let elements = (self.input.tokens() * outputs) as f64;
         let gram = HalfGram::new(self.input.gram(), self.input.channels());
         let loss = |scales: &[f32]| -> f64 {
-            let errors = self.linears.iter().map(|linear| self.gram_error(linear, &gram, scales));
+            let errors = self
+                .linears
+                .iter()
+                .map(|linear| self.gram_error(linear, &gram, scales));
             errors.sum::<f64>() / elements
         };
         scales.map(loss).collect()
@@ -296,7 +299,14 @@ impl HalfGram {
         for (index, block) in self.blocks.iter().enumerate() {
             let [above, _] = block.shape();
             let lhs = View::new(delta, [rows, above], self.cols);
-            product_packed(&mut products[index * COLUMNS..], self.cols, false, 1.0, lhs, block);
+            product_packed(
+                &mut products[index * COLUMNS..],
+                self.cols,
+                false,
+                1.0,
+                lhs,
+                block,
+            );
         }
         2.0 * row_dots(&products, delta, self.cols).sum::<f64>()
     }

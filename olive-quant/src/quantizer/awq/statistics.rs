@@ -7,7 +7,6 @@
 use olive_core::kernels::{View, product, wide};
 use rayon::prelude::*;
 
-
 /// Rows and columns of `H` that one task computes.
 const BLOCK: usize = 128;
 

@@ -27,6 +27,8 @@ mod trial;
 
 pub use dora::Magnitude;
 pub use dropout::DropoutStream;
+#[cfg(feature = "cuda")]
+pub(crate) use dropout::child_key;
 pub use head::{CrossEntropy, Embedding, Head};
 pub use host::HostTensor;
 pub use layer::{DecoderLayer, LayerGradients, LayerTape, Observer};
@@ -34,6 +36,8 @@ pub use linear::{BaseWeight, Linear, LinearTape, LowRank, LowRankGradient};
 pub use norm::RmsNorm;
 pub use perplexity::{Attachment, Perplexity, evaluate_perplexity};
 pub use score::score_samples;
+#[cfg(feature = "cuda")]
+pub(crate) use sequence::rotary_tables;
 pub use sequence::{QueryBlock, SequenceTables};
 pub use trial::PackedHalf;
 

@@ -14,6 +14,8 @@
 pub mod arch;
 pub mod checkpoint;
 pub mod cost_model;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod data;
 #[cfg(feature = "burn")]
 pub mod decoder;

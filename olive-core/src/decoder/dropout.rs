@@ -74,6 +74,12 @@ impl DropoutStream {
         self.probability <= 0.0
     }
 
+    /// The probability, and what all decisions follow from.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn parameters(&self) -> (f64, u64) {
+        (self.probability, self.parts.first().map_or(0, |part| part.key))
+    }
+
     /// The factors of `rows` rows of `cols` elements: 0 or `1 / (1 - p)`.
     pub fn mask(&self, rows: usize, cols: usize) -> Vec<f32> {
         let mut factors = vec![1.0; rows * cols];
@@ -133,6 +139,12 @@ fn scale_rows((probability, part, cols): (f64, Part, usize), first: usize, value
     for value in last {
         *value *= factor(bits(after) as u32);
     }
+}
+
+/// The key of a part of what `key` is for.
+#[cfg(feature = "cuda")]
+pub(crate) fn child_key(key: u64, part: u64) -> u64 {
+    mix(key ^ mix(part.wrapping_add(0x9E37_79B9_7F4A_7C15)))
 }
 
 /// The finalizer of SplitMix64.

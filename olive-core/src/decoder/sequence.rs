@@ -45,25 +45,7 @@ impl<B: Backend> SequenceTables<B> {
     /// Tables for the first `length` tokens of sequences that have `total` of them, padding included.
     pub fn for_part(spec: &ModelSpec, length: usize, total: usize, device: &B::Device) -> Self {
         let half = spec.rope.rotary_dim / 2;
-        let factor = spec.rope.attention_factor() as f32;
-        // Angles are products of single-precision numbers, as in the reference implementation: with exact angles
-        // the logits of late positions would differ in the fifth digit.
-        let frequencies: Vec<f32> = spec
-            .rope
-            .inverse_frequencies(total)
-            .into_iter()
-            .map(|f| f as f32)
-            .collect();
-        let angles =
-            (0..length).flat_map(|position| frequencies.iter().map(move |f| f64::from(position as f32 * f)));
-        let (mut cos, mut sin) = (
-            Vec::with_capacity(length * half),
-            Vec::with_capacity(length * half),
-        );
-        for angle in angles {
-            cos.push(angle.cos() as f32 * factor);
-            sin.push(angle.sin() as f32 * factor);
-        }
+        let (cos, sin) = rotary_tables(spec, length, total);
         let table = |values| Tensor::from_data(TensorData::new(values, [1, 1, length, half]), device);
         Self {
             length,
@@ -103,6 +85,31 @@ impl<B: Backend> SequenceTables<B> {
         }
         Tensor::cat(parts, 3)
     }
+}
+
+/// Cosines and sines `[length, rotary_dim / 2]` of the first `length` positions of sequences of `total` tokens.
+pub(crate) fn rotary_tables(spec: &ModelSpec, length: usize, total: usize) -> (Vec<f32>, Vec<f32>) {
+    let half = spec.rope.rotary_dim / 2;
+    let factor = spec.rope.attention_factor() as f32;
+    // Angles are products of single-precision numbers, as in the reference implementation: with exact angles
+    // the logits of late positions would differ in the fifth digit.
+    let frequencies: Vec<f32> = spec
+        .rope
+        .inverse_frequencies(total)
+        .into_iter()
+        .map(|f| f as f32)
+        .collect();
+    let angles =
+        (0..length).flat_map(|position| frequencies.iter().map(move |f| f64::from(position as f32 * f)));
+    let (mut cos, mut sin) = (
+        Vec::with_capacity(length * half),
+        Vec::with_capacity(length * half),
+    );
+    for angle in angles {
+        cos.push(angle.cos() as f32 * factor);
+        sin.push(angle.sin() as f32 * factor);
+    }
+    (cos, sin)
 }
 
 fn query_blocks<B: Backend>(spec: &ModelSpec, length: usize, device: &B::Device) -> Vec<QueryBlock<B>> {

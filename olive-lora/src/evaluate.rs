@@ -29,3 +29,26 @@ pub fn evaluate_perplexity<B: Backend>(
     };
     decoder::evaluate_perplexity(model, blocks, Some(&attach), progress, cancel)
 }
+
+/// As [`evaluate_perplexity`], on the GPU.
+///
+/// # Errors
+/// As [`evaluate_perplexity`], and those of [`olive_core::cuda::evaluate_perplexity`].
+#[cfg(feature = "cuda")]
+pub fn evaluate_perplexity_on_gpu(
+    model: &dyn ModelHandle,
+    blocks: &[Vec<u32>],
+    adapter: Option<&Path>,
+    progress: &dyn Progress,
+    cancel: &CancelToken,
+) -> Result<Perplexity> {
+    use olive_core::cuda::{DeviceLayer, Gpu};
+    let adapter = adapter
+        .map(|folder| Adapter::open(folder, model.spec()))
+        .transpose()?;
+    let attach = |gpu: &Gpu, layer: &mut DeviceLayer| match &adapter {
+        Some(adapter) => crate::cuda::attach_to_device(adapter, gpu, layer),
+        None => Ok(()),
+    };
+    olive_core::cuda::evaluate_perplexity(model, blocks, Some(&attach), progress, cancel)
+}

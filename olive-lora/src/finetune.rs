@@ -85,6 +85,30 @@ pub fn finetune<B: Backend>(
     finetune_over::<B>(model, model.path(), data, lora, arguments, context)
 }
 
+/// As [`finetune`], on the GPU: the frozen weights in bfloat16 or packed as they are stored, the adapter and the
+/// optimizer's state in single precision. Checkpoints are those of [`finetune`], and each continues the other's.
+///
+/// # Errors
+/// As [`finetune`]; [`Error::Unsupported`] where there is no GPU, driver or CUDA toolkit, or for a model or an adapter
+/// that the GPU path does not run.
+#[cfg(feature = "cuda")]
+pub fn finetune_on_gpu(
+    model: &dyn ModelHandle,
+    data: TrainingData<'_>,
+    lora: &LoraOptions,
+    arguments: &TrainingArguments,
+    context: &PassContext<'_>,
+) -> Result<TrainReport> {
+    check_model(model)?;
+    // Nothing is done before it is known that it can be.
+    olive_core::cuda::Gpu::open()?;
+    olive_core::cuda::check_model(model.spec())?;
+    if lora.use_dora {
+        return Err(Error::unsupported("DoRA with --device gpu", "use --device cpu"));
+    }
+    run::<olive_core::decoder::Cpu>(model, model.path(), data, lora, arguments, context, true)
+}
+
 /// As [`finetune`], with `shown` as the folder of the model that the result names.
 pub(crate) fn finetune_over<B: Backend>(
     model: &dyn ModelHandle,
@@ -93,6 +117,18 @@ pub(crate) fn finetune_over<B: Backend>(
     lora: &LoraOptions,
     arguments: &TrainingArguments,
     context: &PassContext<'_>,
+) -> Result<TrainReport> {
+    run::<B>(model, shown, data, lora, arguments, context, false)
+}
+
+fn run<B: Backend>(
+    model: &dyn ModelHandle,
+    shown: &Path,
+    data: TrainingData<'_>,
+    lora: &LoraOptions,
+    arguments: &TrainingArguments,
+    context: &PassContext<'_>,
+    gpu: bool,
 ) -> Result<TrainReport> {
     let started = Instant::now();
     let adapter = match &lora.initial_adapter {
@@ -117,7 +153,7 @@ pub(crate) fn finetune_over<B: Backend>(
     if let Some(step) = resumed_from {
         tracing::info!("continuing from optimizer step {step}");
     }
-    let trainer = Trainer::<B>::new(model, data, arguments, start, identity, context)?;
+    let trainer = Trainer::<B>::new(model, data, arguments, start, identity, context, gpu)?;
     let training = Instant::now();
     let snapshot = trainer.run()?;
     let training_seconds = training.elapsed().as_secs_f64();

@@ -24,6 +24,8 @@ mod adapter;
 mod arguments;
 mod baked;
 mod checkpoint;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod evaluate;
 mod finetune;
 pub mod loss_svg;
@@ -44,6 +46,10 @@ pub use adapter::{Adapter, AdapterModule, WEIGHTS_FILE};
 pub use arguments::{Interval, Resume, TrainingArguments};
 pub use baked::{BakedAdapter, extract_baked};
 pub use evaluate::evaluate_perplexity;
+#[cfg(feature = "cuda")]
+pub use evaluate::evaluate_perplexity_on_gpu;
+#[cfg(feature = "cuda")]
+pub use finetune::finetune_on_gpu;
 pub use finetune::{TrainReport, finetune, is_adapter};
 pub use matching::{Targets, matched_linears};
 pub use merge::{MERGE_REPORT_FILE, MergeLayout, MergeReport, MergedModule, merge};

@@ -37,7 +37,8 @@ impl<'a> Sequence<'a> {
         }
     }
 
-    fn key(&self) -> (usize, usize) {
+    /// Its length and that of its micro-batch.
+    pub fn key(&self) -> (usize, usize) {
         (self.ids.len(), self.batch_length)
     }
 }

@@ -19,6 +19,8 @@ use crate::adamw::{self, Moments};
 use crate::adapter::{Adapter, AdapterModule};
 use crate::arguments::TrainingArguments;
 use crate::checkpoint::{self, INTERRUPTED_FOLDER, Snapshot, TrainerState};
+#[cfg(feature = "cuda")]
+use crate::cuda::{DeviceMode, DeviceRun};
 use crate::network::{GroupResult, Network, Sequence, Tables, Trained, trained_tokens};
 use crate::order::{BatchPlan, StepSamples};
 use crate::schedule::LearningRate;
@@ -55,9 +57,53 @@ struct StepOutcome {
     longest: usize,
 }
 
+/// What computes gradients and steps: this process, or a GPU that keeps adapter and optimizer until they are saved.
+enum Compute<B: Backend> {
+    Host(Box<Network<B>>),
+    #[cfg(feature = "cuda")]
+    Gpu(Box<DeviceRun>),
+}
+
+impl<B: Backend> Compute<B> {
+    /// Reads the model and puts the adapter on it.
+    fn load(
+        model: &dyn ModelHandle,
+        snapshot: &Snapshot,
+        gpu: bool,
+        context: &PassContext<'_>,
+    ) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if gpu {
+            let (adapter, moments) = (&snapshot.adapter, &snapshot.moments);
+            let run = DeviceRun::load(model, adapter, moments, context.progress, context.cancel)?;
+            return Ok(Self::Gpu(Box::new(run)));
+        }
+        if gpu {
+            return Err(Error::unsupported(
+                "training on the GPU",
+                "this olive was built without the feature `cuda`",
+            ));
+        }
+        let mut network = Network::load(model, context.progress, context.cancel)?;
+        network.attach(&snapshot.adapter)?;
+        Ok(Self::Host(Box::new(network)))
+    }
+
+    fn host(&self) -> Result<&Network<B>> {
+        match self {
+            Self::Host(network) => Ok(network),
+            #[cfg(feature = "cuda")]
+            Self::Gpu(_) => Err(Error::unsupported(
+                "a step in host memory",
+                "the run is on the GPU",
+            )),
+        }
+    }
+}
+
 /// A run in progress.
 pub(crate) struct Trainer<'a, B: Backend> {
-    network: Network<B>,
+    compute: Compute<B>,
     data: TrainingData<'a>,
     lengths: Vec<usize>,
     arguments: &'a TrainingArguments,
@@ -83,6 +129,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         start: Start,
         identity: RunIdentity,
         context: &'a PassContext<'a>,
+        gpu: bool,
     ) -> Result<Self> {
         let plan = BatchPlan {
             samples: data.train.len(),
@@ -94,15 +141,14 @@ impl<'a, B: Backend> Trainer<'a, B> {
         };
         check_samples(&data, &plan)?;
         let total_steps = arguments.total_steps(plan.steps_per_epoch());
-        let mut network = Network::load(model, context.progress, context.cancel)?;
         let snapshot = match start {
             Start::Fresh(adapter) => fresh(*adapter, total_steps, &identity),
             Start::From(snapshot) => *snapshot,
         };
-        network.attach(&snapshot.adapter)?;
+        let compute = Compute::load(model, &snapshot, gpu, context)?;
         let seen = snapshot.state.num_input_tokens_seen;
         Ok(Self {
-            network,
+            compute,
             lengths: data.train.iter().map(|s| s.length.max(1)).collect(),
             data,
             arguments,
@@ -125,6 +171,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         if matches!(result, Err(Error::Cancelled)) {
             self.keep()?;
         }
+        self.refresh()?;
         self.context.progress.finish();
         result.map(|()| self.snapshot)
     }
@@ -157,8 +204,94 @@ impl<'a, B: Backend> Trainer<'a, B> {
         Ok(())
     }
 
+    /// Brings adapter and optimizer state back from where they are computed.
+    fn refresh(&mut self) -> Result<()> {
+        match &self.compute {
+            Compute::Host(_) => Ok(()),
+            #[cfg(feature = "cuda")]
+            Compute::Gpu(run) => {
+                if let Some(bytes) = run.memory() {
+                    tracing::debug!("{:.2} GB of GPU memory", bytes as f64 / 1e9);
+                }
+                run.save(&mut self.snapshot.adapter, &mut self.snapshot.moments)
+            }
+        }
+    }
+
+    /// One optimizer step on the GPU.
+    #[cfg(feature = "cuda")]
+    fn device_step(&mut self, samples: &StepSamples, epoch: f64) -> Result<()> {
+        let step = self.snapshot.state.global_step + 1;
+        let Compute::Gpu(run) = &mut self.compute else {
+            return Err(Error::unsupported(
+                "a step on the GPU",
+                "the run is in host memory",
+            ));
+        };
+        run.clear_gradients();
+        let micro_batches = samples.len() as f64;
+        let dropout = self.snapshot.adapter.options.dropout;
+        let mut outcome = StepOutcome {
+            loss: 0.0,
+            gradients: Vec::new(),
+            tokens: 0,
+            longest: 0,
+        };
+        for (micro, rows) in samples.iter().enumerate() {
+            self.context.cancel.check()?;
+            let batch: Vec<&Sample> = rows.iter().map(|i| &self.data.train[*i]).collect();
+            let longest = batch.iter().map(|s| s.input_ids.len()).max().unwrap_or(0);
+            let tokens = batch.iter().map(|sample| trained_tokens(sample)).sum::<usize>() as f64;
+            let sequences: Vec<Sequence<'_>> = batch
+                .iter()
+                .map(|sample| Sequence::new(sample, longest))
+                .collect();
+            let mode = DeviceMode {
+                scale: 1.0 / (tokens * micro_batches),
+                recompute: self.arguments.gradient_checkpointing,
+                dropout: DropoutStream::new(dropout, self.arguments.seed, 0)
+                    .child(step as u64)
+                    .child(micro as u64),
+            };
+            let sum = run.accumulate(&sequences, longest, &mode)?;
+            if !sum.is_finite() {
+                let what = format!("loss of optimizer step {step}, micro-batch {micro} (samples {rows:?})");
+                return Err(Error::NotFinite { what, found: 1 });
+            }
+            outcome.loss += sum / tokens / micro_batches;
+            outcome.tokens += sequences.iter().map(|s| s.ids.len() as u64).sum::<u64>();
+            outcome.longest = sequences
+                .iter()
+                .map(|s| s.ids.len())
+                .max()
+                .unwrap_or(0)
+                .max(outcome.longest);
+        }
+        let norm = run.gradient_norm()?;
+        if step == 1 || !norm.is_finite() {
+            outcome.gradients = run.gradients()?;
+        }
+        self.check_gradients(&outcome, norm, step)?;
+        let limit = self.arguments.max_grad_norm;
+        let clip = if limit > 0.0 {
+            (limit / (norm + 1e-6)).min(1.0)
+        } else {
+            1.0
+        };
+        let rate = self.rate.at(step - 1);
+        if let Compute::Gpu(run) = &self.compute {
+            run.update(&self.arguments.adamw, step, rate, clip);
+        }
+        self.finish_step(&outcome, (step, epoch), (norm, rate));
+        Ok(())
+    }
+
     /// One optimizer step.
     fn step(&mut self, samples: &StepSamples, epoch: f64) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if matches!(self.compute, Compute::Gpu(_)) {
+            return self.device_step(samples, epoch);
+        }
         let step = self.snapshot.state.global_step + 1;
         let mut outcome = self.gradients(samples, step)?;
         let norm = adamw::global_norm(&outcome.gradients);
@@ -167,11 +300,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             adamw::clip(&mut outcome.gradients, norm, self.arguments.max_grad_norm);
         }
         let rate = self.rate.at(step - 1);
-        let Snapshot {
-            adapter,
-            moments,
-            state,
-        } = &mut self.snapshot;
+        let Snapshot { adapter, moments, .. } = &mut self.snapshot;
         let mut parameters: Vec<&mut Vec<f32>> = adapter
             .modules
             .iter_mut()
@@ -180,15 +309,25 @@ impl<'a, B: Backend> Trainer<'a, B> {
         self.arguments
             .adamw
             .step(step, rate, &mut parameters, &outcome.gradients, moments);
-        self.network.attach(adapter)?;
+        match &mut self.compute {
+            Compute::Host(network) => network.attach(adapter)?,
+            #[cfg(feature = "cuda")]
+            Compute::Gpu(_) => {}
+        }
+        self.finish_step(&outcome, (step, epoch), (norm, rate));
+        Ok(())
+    }
+
+    /// Counts a step that was made and reports it.
+    fn finish_step(&mut self, outcome: &StepOutcome, (step, epoch): (usize, f64), (norm, rate): (f64, f64)) {
+        let state = &mut self.snapshot.state;
         state.global_step = step;
         state.epoch = epoch;
         state.num_input_tokens_seen += outcome.tokens;
         let (sum, count) = state.pending_loss;
         state.pending_loss = (sum + outcome.loss, count + 1);
         state.step_is_open = true;
-        self.report(&outcome, norm, rate);
-        Ok(())
+        self.report(outcome, norm, rate);
     }
 
     /// Loss and gradients of a step, from its sequences side by side.
@@ -213,8 +352,8 @@ impl<'a, B: Backend> Trainer<'a, B> {
             }
         }
         let (micro_of, sequences): (Vec<usize>, Vec<Trained<'_>>) = sequences.into_iter().unzip();
-        self.network
-            .prepare(&mut self.tables, sequences.iter().map(|own| &own.sequence));
+        let network = self.compute.host()?;
+        network.prepare(&mut self.tables, sequences.iter().map(|own| &own.sequence));
         let recompute = self.arguments.gradient_checkpointing;
         let lengths: Vec<usize> = sequences.iter().map(|own| own.sequence.ids.len()).collect();
         let mut outcome = StepOutcome {
@@ -226,7 +365,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         for range in groups(&lengths) {
             self.context.cancel.check()?;
             let group = &sequences[range.clone()];
-            let GroupResult { sums, gradients } = self.network.gradients(group, &self.tables, recompute)?;
+            let GroupResult { sums, gradients } = network.gradients(group, &self.tables, recompute)?;
             for ((micro, own), sum) in micro_of[range].iter().zip(group).zip(sums) {
                 if !sum.is_finite() {
                     let samples = &samples[*micro];
@@ -319,6 +458,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
         }
         let at_end = step == self.total_steps && self.arguments.save_at_end;
         if at_end || self.arguments.save.is_due(step, self.total_steps, epoch_ends) {
+            self.refresh()?;
             let folder = checkpoint::folder_of(self.context.output, step);
             self.untimed().write(&folder, &self.identity.base_model)?;
             checkpoint::rotate(self.context.output, self.arguments.save_total_limit)?;
@@ -342,11 +482,17 @@ impl<'a, B: Backend> Trainer<'a, B> {
         let (mut sum, mut tokens) = (0.0, 0);
         for (group, own) in sequences.chunks(64).zip(samples.chunks(64)) {
             self.context.cancel.check()?;
-            self.network.prepare(&mut tables, group.iter());
-            let lengths: Vec<usize> = group.iter().map(|sequence| sequence.ids.len()).collect();
-            for range in groups(&lengths) {
-                self.context.cancel.check()?;
-                sum += self.network.losses(&group[range], &tables)?.iter().sum::<f64>();
+            match &mut self.compute {
+                Compute::Host(network) => {
+                    network.prepare(&mut tables, group.iter());
+                    let lengths: Vec<usize> = group.iter().map(|sequence| sequence.ids.len()).collect();
+                    for range in groups(&lengths) {
+                        self.context.cancel.check()?;
+                        sum += network.losses(&group[range], &tables)?.iter().sum::<f64>();
+                    }
+                }
+                #[cfg(feature = "cuda")]
+                Compute::Gpu(run) => sum += run.losses(group)?,
             }
             tokens += own.iter().map(trained_tokens).sum::<usize>();
         }
@@ -383,6 +529,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
 
     /// Keeps the present state for a run that continues this one.
     fn keep(&mut self) -> Result<()> {
+        self.refresh()?;
         let parent = self.context.output.join(INTERRUPTED_FOLDER);
         let folder = checkpoint::folder_of(&parent, self.snapshot.state.global_step);
         self.untimed().write(&folder, &self.identity.base_model)?;

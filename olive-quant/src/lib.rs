@@ -17,6 +17,8 @@
 
 pub mod calibrate;
 pub mod calibration;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub mod encode;
 pub mod layer;
 pub mod olive_layout;
@@ -30,6 +32,8 @@ mod run;
 pub mod work;
 
 pub use calibration::CalibrationSet;
+#[cfg(feature = "cuda")]
+pub use cuda::quantize_on_gpu;
 pub use olive_layout::{
     Gptq, KQuant, Rounding, Rtn, SelectiveMixedPrecision, UniformOptions, UniformReport, quantize_uniform,
 };

@@ -55,6 +55,21 @@ pub fn quantize_on<B: Backend>(
     progress: &dyn Progress,
     cancel: &CancelToken,
 ) -> Result<QuantizeReport> {
+    quantize_with(model, calibration, options, output, progress, cancel, |run| {
+        run.layers::<B>(calibration)
+    })
+}
+
+/// The run around the work on the layers.
+pub(crate) fn quantize_with(
+    model: &dyn ModelHandle,
+    calibration: &CalibrationSet,
+    options: &QuantizeOptions,
+    output: &Path,
+    progress: &dyn Progress,
+    cancel: &CancelToken,
+    layers: impl FnOnce(&Run<'_>) -> Result<Vec<LayerReport>>,
+) -> Result<QuantizeReport> {
     check_output(model.path(), output)?;
     output::check_replaceable(output)?;
     let expected = preflight(model, calibration, options)?;
@@ -69,7 +84,7 @@ pub fn quantize_on<B: Backend>(
         progress,
         cancel,
     };
-    let result = run.layers::<B>(calibration).and_then(|layers| {
+    let result = layers(&run).and_then(|layers| {
         let awq = options.algorithm == Algorithm::Awq;
         let report = QuantizeReport {
             options: options.clone(),
@@ -90,12 +105,13 @@ pub fn quantize_on<B: Backend>(
     result
 }
 
-struct Run<'a> {
-    model: &'a dyn ModelHandle,
-    options: &'a QuantizeOptions,
-    work: &'a WorkFolder,
-    progress: &'a dyn Progress,
-    cancel: &'a CancelToken,
+/// A run whose work folder is open.
+pub(crate) struct Run<'a> {
+    pub model: &'a dyn ModelHandle,
+    pub options: &'a QuantizeOptions,
+    pub work: &'a WorkFolder,
+    pub progress: &'a dyn Progress,
+    pub cancel: &'a CancelToken,
 }
 
 impl Run<'_> {
@@ -165,6 +181,12 @@ impl Run<'_> {
                 clips: Vec::new(),
             },
         };
+        self.finish_layer(index, awq, started)
+    }
+
+    /// Rounds, packs and stores a layer.
+    pub fn finish_layer(&self, index: usize, awq: AwqLayer, started: Instant) -> Result<LayerReport> {
+        let spec = self.model.spec();
         let mut tensors = encode::dense_parts(spec, &awq.weights)?;
         let linears = self.round(&awq.weights, &awq.clips, &mut tensors)?;
         let report = LayerReport {
@@ -234,7 +256,7 @@ pub(crate) fn relative_error(a: &[f32], b: &[f32]) -> f64 {
     if error == 0.0 { 0.0 } else { (error / whole).sqrt() }
 }
 
-fn summary(report: &LayerReport) -> String {
+pub(crate) fn summary(report: &LayerReport) -> String {
     let losses = report.mappings.iter().map(|mapping| {
         let ratio = mapping
             .ratio

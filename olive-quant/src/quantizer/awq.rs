@@ -214,9 +214,21 @@ fn mapping_report(
     started: Instant,
 ) -> MappingReport {
     let names = mapping.roles.iter().filter_map(|role| weights.linear(*role));
+    let names = names.map(|linear| linear.spec.name.clone()).collect();
+    mapping_report_of(mapping, names, choice, options, started)
+}
+
+/// The report of a search over the linears of these names.
+pub(crate) fn mapping_report_of(
+    mapping: &Mapping,
+    linears: Vec<String>,
+    choice: &Choice,
+    options: &QuantizeOptions,
+    started: Instant,
+) -> MappingReport {
     MappingReport {
         name: mapping.name.to_owned(),
-        linears: names.map(|linear| linear.spec.name.clone()).collect(),
+        linears,
         measure: choice.measure,
         loss_rtn: choice.loss_identity,
         loss: choice.loss,

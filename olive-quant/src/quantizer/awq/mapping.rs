@@ -67,6 +67,16 @@ impl HeadSharing {
         means
     }
 
+    /// The scales of the producer's channels, one of each that share.
+    pub fn own(self, scales: &[f32]) -> Vec<f32> {
+        (0..scales.len() / self.repeats)
+            .map(|row| {
+                let head = row / self.head_dim * self.repeats;
+                scales[head * self.head_dim + row % self.head_dim]
+            })
+            .collect()
+    }
+
     /// The scale of every channel.
     pub fn expand(self, scales: &[f32]) -> Vec<f32> {
         (0..scales.len() * self.repeats)

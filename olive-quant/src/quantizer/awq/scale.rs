@@ -95,13 +95,7 @@ pub fn apply(layer: &mut LayerWeights, mapping: &Mapping, scales: &[f32]) -> Res
         Producer::InputNorm => divide(&mut layer.input_norm, scales),
         Producer::PostAttentionNorm => divide(&mut layer.post_attention_norm, scales),
         Producer::LastRows(role) => {
-            let sharing = mapping.sharing;
-            let own: Vec<f32> = (0..scales.len() / sharing.repeats)
-                .map(|row| {
-                    let head = row / sharing.head_dim * sharing.repeats;
-                    scales[head * sharing.head_dim + row % sharing.head_dim]
-                })
-                .collect();
+            let own = mapping.sharing.own(scales);
             let linear = layer.linear_mut(role);
             let linear = linear.expect("invariant: mappings name linears that the layer stores");
             divide_last_rows(linear, &own)?;

@@ -24,7 +24,7 @@ const ROWS: usize = 64;
 /// Columns of the Gram matrix that are multiplied together.
 const COLUMNS: usize = 128;
 /// Candidates besides the identity that [`Search::Hybrid`] judges by the block's output.
-const HYBRID_CANDIDATES: usize = 4;
+pub(crate) const HYBRID_CANDIDATES: usize = 4;
 
 /// Judges weights by the output of the block that their linears belong to. The seam for other devices: what is behind
 /// it is free to keep tokens and weights where it likes.

@@ -4,6 +4,7 @@ mod benchmark;
 mod chat;
 mod convert_adapters;
 mod cost_model;
+mod device;
 mod evaluate;
 mod export;
 mod extract_adapters;

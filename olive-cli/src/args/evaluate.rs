@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::CommonArgs;
+use super::{CommonArgs, Device};
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -31,6 +31,9 @@ pub struct EvaluateArgs {
     /// Text files, separated by commas
     #[arg(long = "data_files", value_delimiter = ',', required = true)]
     pub data_files: Vec<PathBuf>,
+    /// Where it is computed: cpu, or gpu in a build with the feature `cuda`
+    #[arg(long = "device", default_value = "cpu")]
+    pub device: Device,
     /// Tokens of a block; each block is on its own
     #[arg(long = "block_size", default_value_t = 512)]
     pub block_size: usize,

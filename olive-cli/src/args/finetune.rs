@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value};
 
-use super::{CommonArgs, ConfigArgs, ModelArgs, NoEffectArgs, TextDataArgs};
+use super::{CommonArgs, ConfigArgs, Device, ModelArgs, NoEffectArgs, TextDataArgs};
 
 /// How the base is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -45,6 +45,9 @@ pub struct FinetuneArgs {
     /// The linears that are adapted, separated by commas
     #[arg(long = "target_modules", value_delimiter = ',')]
     pub target_modules: Vec<String>,
+    /// Where it is computed: cpu, or gpu in a build with the feature `cuda`
+    #[arg(long = "device", default_value = "cpu")]
+    pub device: Device,
     /// Accepted; the CPU computes in float32
     #[arg(long = "torch_dtype")]
     pub torch_dtype: Option<TorchDtype>,

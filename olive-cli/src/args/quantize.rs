@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::{CommonArgs, ConfigArgs, ModelArgs, NoEffectArgs, Precision, TextDataArgs};
+use super::{CommonArgs, ConfigArgs, Device, ModelArgs, NoEffectArgs, Precision, TextDataArgs};
 
 /// How weights are rounded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -55,6 +55,9 @@ pub struct QuantizeArgs {
     /// The width of the weights [default: int4]
     #[arg(long = "precision")]
     pub precision: Option<Precision>,
+    /// Where it is computed: cpu, or gpu in a build with the feature `cuda`
+    #[arg(long = "device", default_value = "cpu")]
+    pub device: Device,
     /// Accepted; weights only are quantized
     #[arg(long = "act_precision", hide = true)]
     pub act_precision: Option<Precision>,

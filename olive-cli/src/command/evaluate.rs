@@ -9,7 +9,7 @@ use olive_core::text::TextTokenizer;
 use olive_core::{HfModel, ModelHandle, Result, hub};
 use serde_json::{Map, Value, json};
 
-use super::Context;
+use super::{Context, device};
 use crate::args::{EvaluateArgs, Metric};
 use crate::output;
 
@@ -52,8 +52,14 @@ fn hugging_face(
     let blocks = token_blocks(&tokenizer, texts, args.block_size, args.max_blocks)?;
     let adapter = args.adapter_path.as_deref().or(model.adapter());
     let began = Instant::now();
-    let result =
-        olive_lora::evaluate_perplexity::<Cpu>(&model, &blocks, adapter, context.progress, context.cancel)?;
+    let evaluate = match device::on_gpu(args.device)? {
+        false => olive_lora::evaluate_perplexity::<Cpu>,
+        #[cfg(feature = "cuda")]
+        true => olive_lora::evaluate_perplexity_on_gpu,
+        #[cfg(not(feature = "cuda"))]
+        true => unreachable!("invariant: `on_gpu` refuses a device that this build does not have"),
+    };
+    let result = evaluate(&model, &blocks, adapter, context.progress, context.cancel)?;
     let seconds = began.elapsed().as_secs_f64();
     let mut report = Map::new();
     for metric in &args.metrics {

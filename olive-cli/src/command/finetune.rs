@@ -4,12 +4,12 @@ use olive_core::data::DataConfig;
 use olive_core::decoder::Cpu;
 use olive_core::packed::nf4::Nf4Options;
 use olive_core::text::TextTokenizer;
-use olive_core::{DType, ModelHandle, PassContext, Result};
+use olive_core::{DType, Error, ModelHandle, PassContext, Result};
 use olive_lora::{LoraOptions, QloraOptions, Targets, TrainingArguments, TrainingData};
 use serde_json::{Value, json};
 
 use super::quantize::{data_config, data_workflow};
-use super::{Context, notes, open_model};
+use super::{Context, device, notes, open_model};
 use crate::args::{FinetuneArgs, Method, TorchDtype};
 use crate::output;
 use crate::workflow::Workflow;
@@ -21,6 +21,12 @@ use crate::workflow::Workflow;
 pub fn run(args: &FinetuneArgs, context: &Context<'_>) -> Result<()> {
     let (training, warnings) = TrainingArguments::from_pairs(args.training.clone())?;
     check_flags(args)?;
+    let on_gpu = device::on_gpu(args.device)?;
+    if on_gpu && args.method != Method::Lora {
+        let expected = "lora with --device gpu; a base that is packed already stays packed while training";
+        let found = format!("`{}`", format!("{:?}", args.method).to_lowercase());
+        return Err(Error::config("command line", "--method", expected, found));
+    }
     for warning in warnings {
         tracing::warn!("{warning}");
     }
@@ -74,7 +80,14 @@ pub fn run(args: &FinetuneArgs, context: &Context<'_>) -> Result<()> {
         };
         olive_lora::finetune_qlora::<Cpu>(&model, data, &lora, qlora, &training, &pass)?
     } else {
-        olive_lora::finetune::<Cpu>(&model, data, &lora, &training, &pass)?
+        let finetune = match on_gpu {
+            false => olive_lora::finetune::<Cpu>,
+            #[cfg(feature = "cuda")]
+            true => olive_lora::finetune_on_gpu,
+            #[cfg(not(feature = "cuda"))]
+            true => unreachable!("invariant: `on_gpu` refuses a device that this build does not have"),
+        };
+        finetune(&model, data, &lora, &training, &pass)?
     };
     tracing::info!(
         "{} steps over {} samples in {:.1} s, {:.0} tokens/s, loss {:.4}",

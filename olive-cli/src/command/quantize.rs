@@ -6,7 +6,7 @@ use olive_core::{Error, ModelHandle, Result};
 use olive_quant::{CalibrationSet, QuantizeOptions, Rounding, Search, UniformOptions};
 use serde_json::{Value, json};
 
-use super::{Context, notes, open_model};
+use super::{Context, device, notes, open_model};
 use crate::args::{AwqSearch, Precision, QuantizeAlgorithm, QuantizeArgs, TextDataArgs};
 use crate::output;
 
@@ -91,6 +91,11 @@ impl Request {
 pub fn run(args: &QuantizeArgs, context: &Context<'_>) -> Result<()> {
     let request = Request::of(args)?;
     check_flags(args)?;
+    let on_gpu = device::on_gpu(args.device)?;
+    if on_gpu && matches!(request, Request::Uniform(_)) {
+        let expected = "cpu; the GPU calibrates awq alone";
+        return Err(Error::config("command line", "--device", expected, "`gpu`"));
+    }
     let data = match &args.data_name {
         Some(name) => Some(data_config(name, args.split.clone(), &args.data)?),
         None => {
@@ -107,7 +112,14 @@ pub fn run(args: &QuantizeArgs, context: &Context<'_>) -> Result<()> {
     let (output, progress, cancel) = (&args.output_path, context.progress, context.cancel);
     match &request {
         Request::Awq(options) => {
-            let report = olive_quant::quantize(&model, &calibration, options, output, progress, cancel)?;
+            let quantize = match on_gpu {
+                false => olive_quant::quantize,
+                #[cfg(feature = "cuda")]
+                true => olive_quant::quantize_on_gpu,
+                #[cfg(not(feature = "cuda"))]
+                true => unreachable!("invariant: `on_gpu` refuses a device that this build does not have"),
+            };
+            let report = quantize(&model, &calibration, options, output, progress, cancel)?;
             tracing::info!(
                 "{} linears in {:.1} s, loss {:.4e} after {:.4e} by rounding alone",
                 report.totals.quantized_linears,

@@ -96,14 +96,14 @@ fn layers(gpu: &Gpu, run: &Run<'_>, calibration: &CalibrationSet) -> Result<Vec<
             .collect();
         let searched = (|| -> Result<()> {
             let mut next = Some(DeviceLayer::load(gpu, source, spec, 0)?);
-            for index in 0..=last_open {
+            for (index, report) in reports.iter().enumerate().take(last_open + 1) {
                 run.cancel.check()?;
                 let Some(layer) = next.take() else { break };
                 // The next layer's weights travel while this one is searched.
                 let ahead = (index < last_open)
                     .then(|| scope.spawn(move || DeviceLayer::load(gpu, source, spec, index + 1)));
                 let started = Instant::now();
-                if reports[index].is_some() {
+                if report.is_some() {
                     pass_through(gpu, &layer, &mut chunks);
                 } else {
                     let awq = search(gpu, run, &mappings, &layer, &chunks)?;

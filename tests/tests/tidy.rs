@@ -92,17 +92,17 @@ fn files_stay_within_their_budget_and_have_telling_names() {
 }
 
 #[test]
-fn every_unsafe_block_is_in_a_kernel_or_a_memory_map() {
+fn every_unsafe_block_is_in_a_kernel_a_memory_map_or_a_call_of_cuda() {
     for file in crate_sources() {
         let text = std::fs::read_to_string(&file).unwrap();
         let has = text
             .lines()
             .any(|l| l.contains("unsafe {") && !l.trim_start().starts_with("//"));
         let path = file.to_string_lossy();
-        let allowed = ["kernels", "checkpoint.rs", "mmap.rs"]
+        let allowed = ["kernels", "checkpoint.rs", "mmap.rs", "olive-core/src/cuda/"]
             .iter()
             .any(|part| path.contains(part));
-        assert!(!has || allowed, "{path}: unsafe outside kernels and memory maps");
+        assert!(!has || allowed, "{path}: unsafe outside kernels, memory maps and CUDA");
     }
 }
 

@@ -102,7 +102,10 @@ fn every_unsafe_block_is_in_a_kernel_a_memory_map_or_a_call_of_cuda() {
         let allowed = ["kernels", "checkpoint.rs", "mmap.rs", "olive-core/src/cuda/"]
             .iter()
             .any(|part| path.contains(part));
-        assert!(!has || allowed, "{path}: unsafe outside kernels, memory maps and CUDA");
+        assert!(
+            !has || allowed,
+            "{path}: unsafe outside kernels, memory maps and CUDA"
+        );
     }
 }
 

@@ -162,7 +162,7 @@ fn a_tied_head_parts_from_the_embedding_unless_one_table_serves_both() {
     let cases = [
         (true, false, json!({}), false),
         (true, true, json!({}), true),
-        (true, true, json!({"lm_head": {"bits": 8}}), false),
+        (true, true, json!({"lm_head": {"group_size": 32}}), false),
         (true, true, json!({"lm_head": {"bits": 16}}), false),
         (false, true, json!({}), false),
     ];

@@ -116,7 +116,7 @@ fn uniform(
 }
 
 #[test]
-fn gptq_loses_less_than_rounding_and_k_quant_not_more() {
+fn gptq_and_k_quant_lose_less_than_rounding() {
     const NAME: &str = "perplexity of Olive's quantizers";
     let (Some(model), Some(test), Some(valid)) = (
         shared(NAME, "models/small-phi3"),
@@ -136,9 +136,5 @@ fn gptq_loses_less_than_rounding_and_k_quant_not_more() {
     // Olive's grids hold zero and are computed in the weights' type, which the anchor's are not.
     assert!((rounded - ROUNDED).abs() <= 0.3, "rounded: {rounded}");
     assert!(gptq < ROUNDED && gptq < rounded, "GPTQ: {gptq} {rounded}");
-    // The asymmetric search of k-quant neither gains nor loses here, in Olive either.
-    assert!(
-        k_quant_32 < rounded_32 * 1.005,
-        "k-quant: {k_quant_32} {rounded_32}"
-    );
+    assert!(k_quant_32 < rounded_32, "k-quant: {k_quant_32} {rounded_32}");
 }

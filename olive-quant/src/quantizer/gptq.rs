@@ -16,8 +16,8 @@
 mod cholesky;
 
 use ndarray::Array2;
-use olive_core::{Error, QuantMatrix, Result};
 use olive_core::kernels::{View, product, row_dots};
+use olive_core::{Error, QuantMatrix, Result};
 use rayon::prelude::*;
 
 use super::minmax::{self, Grid, MinMax};

@@ -368,6 +368,8 @@ fn the_registry_holds_olives_quantizers_with_their_parameters() {
         let theirs = object(known[name]["params"].clone());
         let mut theirs: Vec<&String> = theirs.keys().collect();
         let mut ours: Vec<&str> = pass.params().iter().map(|spec| spec.name).collect();
+        // The one parameter that Olive does not have.
+        ours.retain(|own| *own != "awq_search");
         theirs.sort();
         ours.sort_unstable();
         assert_eq!(ours, theirs, "{name}");

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use olive_core::cost_model::COLUMNS;
 use olive_core::{
     Error, HfModel, ModelConfigFile, ModelHandle, ModelKind, ParamKind, ParamSpec, Pass, PassConfig,
     PassContext, Result, fsio,
@@ -39,8 +40,6 @@ const PARAMS: &[ParamSpec] = &[
         "Whether embedding and head get splits of their own.",
     ),
 ];
-
-const COST_COLUMNS: &str = "module,num_params,num_bytes,num_flops";
 
 /// The pass.
 #[derive(Debug, Clone, Copy, Default)]
@@ -217,10 +216,10 @@ fn costs(path: &Path, layers: &[String]) -> Result<Vec<u64>> {
     let text = fsio::read_to_string(path)?;
     let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let header = lines.next().unwrap_or_default();
-    if header != COST_COLUMNS {
+    if header != COLUMNS {
         return Err(Error::file(
             path,
-            format!("a table with the columns {COST_COLUMNS}"),
+            format!("a table with the columns {COLUMNS}"),
             format!("`{header}`"),
         ));
     }
@@ -232,9 +231,12 @@ fn costs(path: &Path, layers: &[String]) -> Result<Vec<u64>> {
         .collect();
     for line in lines {
         let fields: Vec<&str> = line.split(',').map(str::trim).collect();
+        // Olive writes `0.5 * parameters` for 4-bit weights, so bytes may have a fraction.
         let size = (fields.len() == 4)
-            .then(|| fields[2].parse::<u64>().ok())
-            .flatten();
+            .then(|| fields[2].parse::<f64>().ok())
+            .flatten()
+            .filter(|size| size.is_finite() && *size >= 0.0)
+            .map(|size| size.ceil() as u64);
         let size = size.ok_or_else(|| {
             Error::file(
                 path,
@@ -389,5 +391,29 @@ mod tests {
             }
             assert_eq!(largest(&got), best, "{splits} {got:?}");
         }
+    }
+
+    #[test]
+    fn our_cost_models_and_those_with_half_bytes_are_read() {
+        use olive_core::cost_model::{cost_model, write_cost_model};
+
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("cost.csv");
+        let model = HfModel::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../fixtures/tiny-phi3")).unwrap();
+        let names: Vec<String> = (0..4).map(|layer| format!("model.layers.{layer}")).collect();
+        let rows = cost_model(model.spec(), 4);
+        write_cost_model(&path, &rows).unwrap();
+        let whole = costs(&path, &names).unwrap();
+        let first: u64 = rows
+            .iter()
+            .filter(|row| row.module.starts_with("model.layers.0."))
+            .map(|row| row.bytes)
+            .sum();
+        assert_eq!(whole, [first; 4]);
+
+        std::fs::write(&path, format!("{COLUMNS}\nmodel.layers.0.mlp,3,1.5,6\n")).unwrap();
+        assert_eq!(costs(&path, &names[..1]).unwrap(), [2]);
+        std::fs::write(&path, format!("{COLUMNS}\nmodel.layers.0.mlp,3,-1.5,6\n")).unwrap();
+        assert!(costs(&path, &names[..1]).is_err());
     }
 }

@@ -23,6 +23,7 @@ mod norm;
 mod perplexity;
 mod score;
 mod sequence;
+mod stream;
 mod trial;
 
 pub use dora::Magnitude;

@@ -1,12 +1,11 @@
 //! Perplexity of a checkpoint, a layer at a time: the hidden states of all blocks are kept, the model never is.
 
-use burn::tensor::Tensor;
 use burn::tensor::backend::Backend;
 use rayon::prelude::*;
 
-use super::head::{Embedding, Head};
+use super::head::Head;
 use super::layer::DecoderLayer;
-use super::sequence::SequenceTables;
+use super::stream::last_hidden;
 use crate::error::{Error, Result};
 use crate::model::ModelHandle;
 use crate::progress::{CancelToken, Progress};
@@ -38,41 +37,11 @@ pub fn evaluate_perplexity<B: Backend>(
     progress: &dyn Progress,
     cancel: &CancelToken,
 ) -> Result<Perplexity> {
-    let (spec, source) = (model.spec(), model.tensors());
-    let device = B::Device::default();
+    let spec = model.spec();
     progress.start("perplexity", spec.n_layers as u64 + 1);
-    let mut lengths: Vec<usize> = blocks.iter().map(Vec::len).collect();
-    lengths.sort_unstable();
-    lengths.dedup();
-    let tables: Vec<SequenceTables<B>> = lengths
-        .iter()
-        .map(|length| SequenceTables::new(spec, *length, &device))
-        .collect();
-    let embedding = Embedding::<B>::load(source, spec, &device)?;
-    let mut hidden = blocks
-        .iter()
-        .map(|block| embedding.forward(std::slice::from_ref(block)))
-        .collect::<Result<Vec<Tensor<B, 3>>>>()?;
-    // A tied head is read again at the end: holding the table meanwhile would cost its size.
-    drop(embedding);
-    for index in 0..spec.n_layers {
-        cancel.check()?;
-        let mut layer = DecoderLayer::load(source, spec, index, &device)?;
-        if let Some(attach) = attach {
-            attach(&mut layer)?;
-        }
-        hidden = hidden
-            .into_par_iter()
-            .map(|x| {
-                let [_, length, _] = x.dims();
-                let tables = tables.iter().find(|tables| tables.length == length);
-                layer.forward(x, tables.expect("invariant: tables were made for every length"))
-            })
-            .collect();
-        progress.update(index as u64 + 1, "");
-    }
-    cancel.check()?;
-    let head = Head::<B>::load(source, spec, None, &device)?;
+    let sequences: Vec<&[u32]> = blocks.iter().map(Vec::as_slice).collect();
+    let hidden = last_hidden::<B>(model, &sequences, attach, progress, cancel)?;
+    let head = Head::<B>::load(model.tensors(), spec, None, &B::Device::default())?;
     let losses = hidden
         .into_par_iter()
         .zip(blocks)

@@ -4,10 +4,9 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
 use rayon::prelude::*;
 
-use super::head::{Embedding, Head};
-use super::layer::DecoderLayer;
+use super::head::Head;
 use super::perplexity::Attachment;
-use super::sequence::SequenceTables;
+use super::stream::last_hidden;
 use crate::data::{IGNORED_LABEL, Sample, SampleScore};
 use crate::error::{Error, Result};
 use crate::model::ModelHandle;
@@ -53,40 +52,14 @@ fn score_part<B: Backend>(
     progress: &dyn Progress,
     cancel: &CancelToken,
 ) -> Result<Vec<SampleScore>> {
-    let (spec, source) = (model.spec(), model.tensors());
-    let device = B::Device::default();
+    let spec = model.spec();
     progress.start("score", spec.n_layers as u64 + 1);
-    let mut lengths: Vec<usize> = samples.iter().map(|sample| sample.length).collect();
-    lengths.sort_unstable();
-    lengths.dedup();
-    let tables: Vec<SequenceTables<B>> = lengths
+    let sequences: Vec<&[u32]> = samples
         .iter()
-        .map(|length| SequenceTables::new(spec, *length, &device))
+        .map(|sample| &sample.input_ids[..sample.length])
         .collect();
-    let embedding = Embedding::<B>::load(source, spec, &device)?;
-    let mut hidden = samples
-        .iter()
-        .map(|sample| embedding.forward(&[&sample.input_ids[..sample.length]]))
-        .collect::<Result<Vec<Tensor<B, 3>>>>()?;
-    drop(embedding);
-    for index in 0..spec.n_layers {
-        cancel.check()?;
-        let mut layer = DecoderLayer::load(source, spec, index, &device)?;
-        if let Some(attach) = attach {
-            attach(&mut layer)?;
-        }
-        hidden = hidden
-            .into_par_iter()
-            .map(|x| {
-                let [_, length, _] = x.dims();
-                let tables = tables.iter().find(|tables| tables.length == length);
-                layer.forward(x, tables.expect("invariant: tables were made for every length"))
-            })
-            .collect();
-        progress.update(index as u64 + 1, "");
-    }
-    cancel.check()?;
-    let head = Head::<B>::load(source, spec, None, &device)?;
+    let hidden = last_hidden::<B>(model, &sequences, attach, progress, cancel)?;
+    let head = Head::<B>::load(model.tensors(), spec, None, &B::Device::default())?;
     let scores = hidden
         .into_par_iter()
         .zip(samples)

@@ -4,7 +4,7 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use olive_benches::values;
 use olive_core::kernels::wide;
-use olive_core::{LinearRole, LinearSpec};
+use olive_core::{DType, LinearRole, LinearSpec};
 use olive_quant::QuantizeOptions;
 use olive_quant::layer::{LayerLinear, LayerWeights};
 use olive_quant::quantizer::affine::{Affine, Arithmetic};
@@ -12,6 +12,7 @@ use olive_quant::quantizer::awq::clip::{self, ClipSearch};
 use olive_quant::quantizer::awq::mapping::{HeadSharing, LinearInput, Mapping, Producer};
 use olive_quant::quantizer::awq::search::ScaleSearch;
 use olive_quant::quantizer::awq::statistics::InputStatistics;
+use olive_quant::quantizer::minmax::{MinMax, RoundedRows};
 
 const ROWS: usize = 512;
 const COLS: usize = 1536;
@@ -73,6 +74,35 @@ fn fake_quantize(c: &mut Criterion) {
     let mut group = c.benchmark_group("awq");
     group.throughput(Throughput::Elements((ROWS * COLS) as u64));
     group.bench_function("fake-quantize", |b| b.iter(|| rounded(&weight)));
+    group.finish();
+}
+
+/// Rounding to Olive's layout, in each type of weights.
+fn round_rows(c: &mut Criterion) {
+    let mut group = c.benchmark_group("round to nearest");
+    group.throughput(Throughput::Elements((ROWS * COLS) as u64));
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let weight: Vec<f32> = values(ROWS * COLS, 4)
+            .into_iter()
+            .map(|w| dtype.round(w))
+            .collect();
+        let grids = MinMax::of_weight(4, false, dtype);
+        let mut rows = RoundedRows::default();
+        grids.round_rows(&weight, GROUP, None, &mut rows);
+        for ((own, levels), grid) in weight
+            .chunks(GROUP)
+            .zip(rows.levels.chunks(GROUP))
+            .zip(&rows.grids)
+        {
+            assert_eq!(*grid, grids.grid(own));
+            for (w, level) in own.iter().zip(levels) {
+                assert_eq!(f32::from(*level), grids.level(*grid, *w));
+            }
+        }
+        group.bench_function(dtype.to_string(), |b| {
+            b.iter(|| grids.round_rows(&weight, GROUP, None, &mut rows));
+        });
+    }
     group.finish();
 }
 
@@ -163,6 +193,6 @@ fn scale_search(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().sample_size(10);
-    targets = fake_quantize, gram, clip_search, scale_search
+    targets = fake_quantize, round_rows, gram, clip_search, scale_search
 }
 criterion_main!(benches);

@@ -3,6 +3,8 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::kernels::wide;
+
 /// The type of a tensor's elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
@@ -98,8 +100,8 @@ impl DType {
         matches!(self, Self::F16 | Self::BF16 | Self::F32 | Self::F64)
     }
 
-    /// The elements of `bytes`; nothing of a type that holds no floats.
-    fn fill_f32(self, bytes: &[u8], values: &mut [f32]) {
+    /// The elements of `bytes` as `values`; nothing of a type that holds no floats.
+    pub fn fill_f32(self, bytes: &[u8], values: &mut [f32]) {
         fn each<const N: usize>(bytes: &[u8], values: &mut [f32], convert: impl Fn([u8; N]) -> f32) {
             for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<N>().0) {
                 *value = convert(*bytes);
@@ -114,6 +116,35 @@ impl DType {
             }),
             Self::F64 => each(bytes, values, |b| f64::from_le_bytes(b) as f32),
             _ => (),
+        }
+    }
+
+    /// How many elements of little-endian `bytes` of this type are infinite or not numbers.
+    pub fn count_not_finite(self, bytes: &[u8]) -> usize {
+        /// Elements of `N` bytes whose exponent, which is `mask`, is all ones.
+        #[inline(always)]
+        fn halves(bytes: &[u8], mask: u16) -> usize {
+            let elements = bytes.as_chunks::<2>().0;
+            // Sums of a few bits at a time, so that the loop is vector code.
+            let bad = |own: &[[u8; 2]]| -> u16 {
+                own.iter()
+                    .map(|b| u16::from(u16::from_le_bytes(*b) & mask == mask))
+                    .sum()
+            };
+            elements.chunks(1 << 12).map(|own| usize::from(bad(own))).sum()
+        }
+        match self {
+            Self::F16 => wide(halves, (bytes, 0x7c00)),
+            Self::BF16 => wide(halves, (bytes, 0x7f80)),
+            Self::F32 => {
+                let elements = bytes.as_chunks::<4>().0.iter();
+                elements.filter(|b| !f32::from_le_bytes(**b).is_finite()).count()
+            }
+            Self::F64 => {
+                let elements = bytes.as_chunks::<8>().0.iter();
+                elements.filter(|b| !f64::from_le_bytes(**b).is_finite()).count()
+            }
+            _ => 0,
         }
     }
 
@@ -176,6 +207,19 @@ mod tests {
                 assert_eq!(dtype.round(*value).to_bits(), back.to_bits(), "{dtype} {value}");
             }
         }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_counted() {
+        let values = [0.0, f32::NAN, 1.0, f32::INFINITY, -f32::INFINITY, -65504.0, 1e-7].repeat(1500);
+        for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+            assert_eq!(
+                dtype.count_not_finite(&dtype.from_f32(&values).unwrap()),
+                4500,
+                "{dtype}"
+            );
+        }
+        assert_eq!(DType::I16.count_not_finite(&[0xff; 8]), 0);
     }
 
     #[test]

@@ -23,7 +23,6 @@ pub mod dtype;
 pub mod error;
 pub mod fsio;
 pub mod hub;
-#[cfg(feature = "burn")]
 pub mod kernels;
 pub mod model;
 pub mod packed;

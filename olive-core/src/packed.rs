@@ -9,6 +9,7 @@ pub(crate) mod parts;
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::kernels::wide;
 
 /// A block-quantized weight `[rows, cols]` = `[out_features, in_features]`: `w = (q - zero) * scale`, one scale and
 /// zero point for every `group_size` consecutive inputs of a row.
@@ -186,14 +187,25 @@ pub fn pack_rows(values: &[u8], cols: usize, bits: usize) -> Vec<u8> {
     if bits == 8 || cols == 0 {
         return values.to_vec();
     }
-    let mut packed = Vec::with_capacity(values.len().div_ceil(2));
-    for row in values.chunks_exact(cols) {
-        packed.extend(
-            row.chunks(2)
-                .map(|pair| pair[0] | (pair.get(1).copied().unwrap_or(0) << 4)),
-        );
-    }
+    let mut packed = vec![0; values.len() / cols * cols.div_ceil(2)];
+    wide(pack_nibbles, (values, cols, packed.as_mut_slice()));
     packed
+}
+
+#[inline(always)]
+fn pack_nibbles(values: &[u8], cols: usize, packed: &mut [u8]) {
+    let rows = packed
+        .chunks_exact_mut(cols.div_ceil(2))
+        .zip(values.chunks_exact(cols));
+    for (packed, row) in rows {
+        let (pairs, last) = row.as_chunks::<2>();
+        for (byte, [low, high]) in packed.iter_mut().zip(pairs) {
+            *byte = low | high << 4;
+        }
+        if let (Some(byte), [low]) = (packed.last_mut(), last) {
+            *byte = *low;
+        }
+    }
 }
 
 /// The inverse of [`pack_rows`].

@@ -3,13 +3,15 @@
 //!
 //! Tensors that stay dense are copied as they are stored, and scales take the type of their weight. A model that is in
 //! this layout already may be gone over again: its packed modules stay, the others are rounded. Layers are read,
-//! rounded and written one at a time; GPTQ holds the hidden states of the calibration besides. An interrupted run goes
+//! rounded and written in place one after the other; GPTQ holds the hidden states of the calibration besides. An interrupted run goes
 //! on from its finished layers and gives the same bytes.
 
 mod calibrated;
+mod draft;
 pub mod layout;
 pub mod options;
 pub mod passes;
+mod plain;
 mod run;
 
 pub use layout::{Layout, Target};

@@ -139,17 +139,14 @@ pub(crate) fn check_finite<'a>(
     source: &dyn TensorSource,
     names: impl Iterator<Item = &'a str>,
 ) -> Result<()> {
+    /// Bytes that one task looks at.
+    const TASK: usize = 1 << 20;
     for name in names {
         let info = source.require(name)?;
         let bytes = source.bytes(name)?;
-        let row_bytes = info.byte_len() / info.shape.first().copied().unwrap_or(1).max(1);
-        let bad: usize = bytes
-            .par_chunks(row_bytes.max(1))
-            .with_min_len(64)
-            .map(|row| {
-                let values = info.dtype.to_f32(row);
-                values.map_or(0, |values| values.iter().filter(|v| !v.is_finite()).count())
-            })
+        let bad = bytes
+            .par_chunks(TASK)
+            .map(|own| info.dtype.count_not_finite(own))
             .sum();
         if !info.dtype.is_float() {
             return Err(Error::tensor(

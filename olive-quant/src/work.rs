@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use olive_core::{
     Checkpoint, CheckpointPlan, CheckpointWriter, Error, ModelHandle, Result, TensorSource, fsio,
 };
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::calibration::CalibrationSet;
@@ -87,25 +86,47 @@ impl WorkFolder {
     /// # Errors
     /// [`Error::Io`].
     pub fn open(output: &Path, manifest: &Manifest) -> Result<Self> {
-        let root = output.join(WORK_FOLDER);
-        let folder = Self {
-            created_output: !output.exists(),
-            output: output.to_path_buf(),
-            root,
-        };
+        let folder = Self::at(output);
         let path = folder.root.join(MANIFEST);
         let same = fsio::read_json::<Manifest>(&path).is_ok_and(|found| found == *manifest);
         if !same {
-            if folder.root.exists() {
+            if path.exists() {
                 tracing::warn!(
                     "the unfinished work in `{}` is of another run; starting anew",
                     output.display()
                 );
             }
             folder.clear()?;
-            fsio::write_json(&path, manifest, 2)?;
+            folder.describe(manifest)?;
         }
         Ok(folder)
+    }
+
+    /// An empty work folder of `output` that does not say yet what the run was asked to do.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn begin(output: &Path) -> Result<Self> {
+        let folder = Self::at(output);
+        folder.clear()?;
+        fsio::create_dir(&folder.root)?;
+        Ok(folder)
+    }
+
+    /// Writes down what the run was asked to do.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn describe(&self, manifest: &Manifest) -> Result<()> {
+        fsio::write_json(self.path(MANIFEST), manifest, 2)
+    }
+
+    fn at(output: &Path) -> Self {
+        Self {
+            created_output: !output.exists(),
+            output: output.to_path_buf(),
+            root: output.join(WORK_FOLDER),
+        }
     }
 
     /// Whether `output` has a work folder.
@@ -120,20 +141,14 @@ impl WorkFolder {
 
     /// The report of a layer if it is finished and holds what `plan` says.
     pub fn finished(&self, index: usize, plan: &CheckpointPlan) -> Option<LayerReport> {
-        let report: LayerReport = self.finished_part(&layer_name(index), plan)?;
-        (report.layer == index).then_some(report)
-    }
-
-    /// The report of a part of the model if it is finished and holds what `plan` says.
-    pub fn finished_part<R: DeserializeOwned>(&self, part: &str, plan: &CheckpointPlan) -> Option<R> {
-        let folder = self.path(part);
-        let report = fsio::read_json(folder.join(REPORT)).ok()?;
+        let folder = self.path(&layer_name(index));
+        let report: LayerReport = fsio::read_json(folder.join(REPORT)).ok()?;
         let checkpoint = Checkpoint::open(&folder).ok()?;
         let complete = plan
             .tensors
             .iter()
             .all(|(name, info)| checkpoint.info(name) == Some(info));
-        complete.then_some(report)
+        (complete && report.layer == index).then_some(report)
     }
 
     /// Stores a finished layer.
@@ -141,21 +156,7 @@ impl WorkFolder {
     /// # Errors
     /// [`Error::Io`]; [`Error::Tensor`] or [`Error::MissingTensors`] if `tensors` are not those of `plan`.
     pub fn store(&self, plan: &CheckpointPlan, tensors: &[Encoded], report: &LayerReport) -> Result<()> {
-        self.store_part(&layer_name(report.layer), plan, tensors, report)
-    }
-
-    /// Stores a finished part of the model.
-    ///
-    /// # Errors
-    /// As [`WorkFolder::store`].
-    pub fn store_part(
-        &self,
-        part: &str,
-        plan: &CheckpointPlan,
-        tensors: &[Encoded],
-        report: &impl Serialize,
-    ) -> Result<()> {
-        let folder = self.path(part);
+        let folder = self.path(&layer_name(report.layer));
         remove_dir(&folder)?;
         let mut writer = CheckpointWriter::create(&folder, plan)?;
         for (name, bytes) in tensors {
@@ -170,15 +171,7 @@ impl WorkFolder {
     /// # Errors
     /// Those of [`Checkpoint::open`].
     pub fn layer(&self, index: usize) -> Result<Checkpoint> {
-        self.part(&layer_name(index))
-    }
-
-    /// The tensors of a finished part.
-    ///
-    /// # Errors
-    /// Those of [`Checkpoint::open`].
-    pub fn part(&self, part: &str) -> Result<Checkpoint> {
-        Checkpoint::open(self.path(part))
+        Checkpoint::open(self.path(&layer_name(index)))
     }
 
     /// Removes the folder and all that is in it.

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::layout::{Part, Target};
 use super::options::Rounding;
-use super::run::{Packed, Rounded, Run};
+use super::run::{Packed, Run};
 use crate::calibrate::{Half, HiddenStates};
 use crate::calibration::CalibrationSet;
 use crate::layer::replace_weight;
@@ -45,7 +45,7 @@ impl<'a, B: Backend> Calibrated<'a, B> {
         let mut layer = self.load(index)?;
         let finished = match part.targets.is_empty() {
             true => None,
-            false => Some(self.run.work.part(&part.name)?),
+            false => Some(self.run.draft.reader()?),
         };
         for linear in self.run.model.spec().linears(index) {
             let target = part.targets.iter().find(|target| target.module == linear.name);
@@ -129,7 +129,7 @@ impl<'a, B: Backend> Calibrated<'a, B> {
         };
         let rounded = gptq::quantize(weight, statistics.gram(), &grids, options)?;
         let dense = rounded.matrix.dequantize();
-        let packed = Packed::new(target, &values, &dense, &Rounded::Gptq(rounded))?;
+        let packed = Packed::new(target, &values, &dense, &rounded)?;
         Ok((packed, dense))
     }
 

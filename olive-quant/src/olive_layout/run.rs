@@ -5,13 +5,12 @@ use std::path::Path;
 use burn::tensor::backend::Backend;
 use olive_core::decoder::Cpu;
 use olive_core::packed::olive;
-use olive_core::{
-    CancelToken, CheckpointWriter, Error, ModelHandle, Progress, QuantMatrix, Result, fsio, model,
-};
+use olive_core::{CancelToken, Error, ModelHandle, Progress, Result, fsio, model};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::calibrated::Calibrated;
+use super::draft::Draft;
 use super::layout::{Entry, Layout, Part, Target};
 use super::options::{Rounding, UniformOptions};
 use crate::calibration::CalibrationSet;
@@ -19,10 +18,8 @@ use crate::encode::Encoded;
 use crate::output::{check_replaceable, place};
 use crate::preflight::{check_finite, check_output};
 use crate::quantizer::gptq::GptqWeight;
-use crate::quantizer::kquant;
-use crate::quantizer::minmax::MinMax;
 use crate::run::relative_error;
-use crate::work::{Manifest, WorkFolder, remove_dir};
+use crate::work::Manifest;
 
 /// A finished run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -58,11 +55,26 @@ pub struct UniformLinear {
     pub damp_percent: Option<f64>,
 }
 
+impl UniformLinear {
+    pub(super) fn new(target: &Target, group_size: usize) -> Self {
+        Self {
+            name: target.module.clone(),
+            bits: target.settings.bits,
+            group_size,
+            symmetric: target.settings.symmetric,
+            weight_error: 0.0,
+            loss: None,
+            loss_rtn: None,
+            damp_percent: None,
+        }
+    }
+}
+
 /// Quantizes `model` on the CPU and writes `output`: `model/` in Olive's layout with configs and tokenizer,
 /// `model_config.json`, `quantization_report.json`. Only GPTQ looks at `calibration`.
 ///
-/// An interrupted run leaves its finished layers in `output/.olive-quantize`; the same call goes on from there and
-/// gives the same bytes. An earlier result in `output` stays until the new one is complete.
+/// An interrupted run leaves what is finished in `output/.olive-quantize`; the same call goes on from there and gives
+/// the same bytes. An earlier result in `output` stays until the new one is complete.
 ///
 /// # Errors
 /// Those of [`Layout::new`]; [`Error::Config`] for the output folder; [`Error::Tensor`] or [`Error::NotFinite`] naming
@@ -96,54 +108,60 @@ pub fn quantize_uniform_on<B: Backend>(
     let calibrates = options.rounding.calibrates();
     if calibrates {
         calibration.check(model.spec())?;
+        // Without calibration, weights are looked at as they are rounded.
+        let floats = layout.entries.iter().filter_map(|entry| match entry {
+            Entry::Copied { from, info, .. } => info.dtype.is_float().then_some(from.as_str()),
+            Entry::Rounded(target) => Some(target.weight.as_str()),
+        });
+        check_finite(model.tensors(), floats)?;
     }
-    let floats = layout.entries.iter().filter_map(|entry| match entry {
-        Entry::Copied { from, info, .. } => info.dtype.is_float().then_some(from.as_str()),
-        Entry::Rounded(target) => Some(target.weight.as_str()),
-    });
-    check_finite(model.tensors(), floats)?;
     cancel.check()?;
     let request = json!({"rounding": options.rounding, "config": layout.config, "plan": names(&layout)});
-    let manifest = Manifest::of(model, &request, calibrates.then_some(calibration))?;
-    let work = WorkFolder::open(output, &manifest)?;
+    let manifest = || Manifest::of(model, &request, calibrates.then_some(calibration));
+    let draft = Draft::open(output, &layout, &manifest)?;
     let run = Run {
         model,
         rounding: options.rounding,
-        work: &work,
+        draft: &draft,
         progress,
         cancel,
     };
-    let result = run.parts::<B>(&layout, calibration).and_then(|linears| {
-        let report = UniformReport {
-            rounding: options.rounding,
-            calibration_tokens: if calibrates { calibration.tokens() } else { 0 },
-            linears,
-            output_bytes: layout.plan().byte_len(),
-        };
-        assemble(model, &layout, &work, output, &report)?;
-        Ok(report)
-    });
-    match &result {
+    let result = run
+        .copy(&layout)
+        .and_then(|()| run.parts::<B>(&layout, calibration));
+    let linears = match result {
+        Ok(linears) => linears,
+        Err(error) => return Err(leave(draft, error)),
+    };
+    let report = UniformReport {
+        rounding: options.rounding,
+        calibration_tokens: if calibrates { calibration.tokens() } else { 0 },
+        linears,
+        output_bytes: layout.plan().byte_len(),
+    };
+    assemble(model, &layout, draft, output, &report)?;
+    Ok(report)
+}
+
+/// What becomes of the unfinished result after an error.
+fn leave(draft: Draft<'_>, error: Error) -> Error {
+    match error {
         // A full disk or an interruption can be mended: what is finished is kept for the next run.
-        Ok(_) | Err(Error::Cancelled | Error::Io { .. }) => {}
-        Err(_) => work.abandon(),
+        Error::Cancelled | Error::Io { .. } => {
+            if let Err(other) = draft.flush() {
+                tracing::warn!("finished parts could not be kept: {other}");
+            }
+        }
+        _ => draft.abandon(),
     }
-    result
+    error
 }
 
 fn names(layout: &Layout) -> Vec<String> {
     layout.plan().tensors.into_iter().map(|(name, _)| name).collect()
 }
 
-/// A rounded weight.
-pub(super) enum Rounded {
-    /// Without calibration.
-    Plain(QuantMatrix),
-    /// With it.
-    Gptq(GptqWeight),
-}
-
-/// A rounded module: its tensors and what the report says of it.
+/// A module rounded by GPTQ: its tensors and what the report says of it.
 pub(super) struct Packed {
     tensors: Vec<Encoded>,
     report: UniformLinear,
@@ -156,23 +174,16 @@ impl Packed {
     }
 
     /// `dense` is what became of `weight`.
-    pub fn new(target: &Target, weight: &[f32], dense: &[f32], rounded: &Rounded) -> Result<Self> {
-        let (matrix, gptq) = match rounded {
-            Rounded::Plain(matrix) => (matrix, None),
-            Rounded::Gptq(gptq) => (&gptq.matrix, Some(gptq)),
-        };
-        let stored = olive::store(&target.module, matrix)?.into_iter();
+    pub fn new(target: &Target, weight: &[f32], dense: &[f32], rounded: &GptqWeight) -> Result<Self> {
+        let stored = olive::store(&target.module, &rounded.matrix)?.into_iter();
         Ok(Self {
             tensors: stored.map(|(name, _, _, bytes)| (name, bytes)).collect(),
             report: UniformLinear {
-                name: target.module.clone(),
-                bits: matrix.bits,
-                group_size: matrix.group_size,
-                symmetric: matrix.zeros.is_none(),
                 weight_error: relative_error(dense, weight),
-                loss: gptq.map(|gptq| gptq.loss),
-                loss_rtn: gptq.map(|gptq| gptq.loss_rtn),
-                damp_percent: gptq.map(|gptq| gptq.damp_percent),
+                loss: Some(rounded.loss),
+                loss_rtn: Some(rounded.loss_rtn),
+                damp_percent: Some(rounded.damp_percent),
+                ..UniformLinear::new(target, rounded.matrix.group_size)
             },
         })
     }
@@ -181,7 +192,7 @@ impl Packed {
 pub(super) struct Run<'a> {
     pub model: &'a dyn ModelHandle,
     pub rounding: Rounding,
-    pub work: &'a WorkFolder,
+    pub draft: &'a Draft<'a>,
     pub progress: &'a dyn Progress,
     pub cancel: &'a CancelToken,
 }
@@ -190,13 +201,8 @@ impl Run<'_> {
     /// Finishes every part that is not finished yet.
     fn parts<B: Backend>(&self, layout: &Layout, calibration: &CalibrationSet) -> Result<Vec<UniformLinear>> {
         let parts = &layout.parts;
-        let mut found: Vec<Option<Vec<UniformLinear>>> = Vec::with_capacity(parts.len());
-        for part in parts {
-            found.push(match part.targets.is_empty() {
-                true => Some(Vec::new()),
-                false => self.work.finished_part(&part.name, &part.plan()),
-            });
-        }
+        let found = parts.iter().map(|part| self.draft.finished(part));
+        let found = found.collect::<Result<Vec<_>>>()?;
         let last_open = found.iter().rposition(Option::is_none);
         let mut calibrated = match last_open.filter(|_| self.rounding.calibrates()) {
             Some(_) => Some(Calibrated::<B>::new(self, calibration)?),
@@ -213,10 +219,14 @@ impl Run<'_> {
                     reports
                 }
                 (Some(reports), _) => reports,
-                (None, Some(calibrated)) => self.store(part, calibrated.round(part, wanted)?)?,
+                (None, Some(calibrated)) => {
+                    let packed = calibrated.round(part, wanted)?;
+                    self.finish(part, self.store(packed)?)?
+                }
                 (None, None) => {
-                    let packed = part.targets.iter().map(|target| self.round(target));
-                    self.store(part, packed.collect::<Result<_>>()?)?
+                    let targets = part.targets.iter();
+                    let reports = targets.map(|target| self.round(target)).collect::<Result<_>>()?;
+                    self.finish(part, reports)?
                 }
             };
             self.progress.update(index as u64 + 1, &summary(part, &reports));
@@ -226,29 +236,20 @@ impl Run<'_> {
         Ok(linears)
     }
 
-    fn store(&self, part: &Part, packed: Vec<Packed>) -> Result<Vec<UniformLinear>> {
-        let (mut tensors, mut reports) = (Vec::new(), Vec::new());
+    fn store(&self, packed: Vec<Packed>) -> Result<Vec<UniformLinear>> {
+        let mut reports = Vec::new();
         for own in packed {
-            tensors.extend(own.tensors);
+            for (name, bytes) in &own.tensors {
+                self.draft.writer().write_at(name, 0, bytes)?;
+            }
             reports.push(own.report);
         }
-        self.work
-            .store_part(&part.name, &part.plan(), &tensors, &reports)?;
         Ok(reports)
     }
 
-    /// Rounds a weight by itself.
-    fn round(&self, target: &Target) -> Result<Packed> {
-        self.cancel.check()?;
-        let weight = self.weight(target)?;
-        let group_size = target.settings.checked_group(&target.module, target.shape)?;
-        let grids = MinMax::of_weight(target.settings.bits, target.settings.symmetric, target.dtype);
-        let matrix = match self.rounding {
-            Rounding::KQuant => kquant::quantize(&target.weight, &weight, target.shape, group_size, &grids),
-            _ => grids.quantize(&target.weight, &weight, target.shape, group_size),
-        }?;
-        let dense = matrix.dequantize();
-        Packed::new(target, &weight, &dense, &Rounded::Plain(matrix))
+    fn finish(&self, part: &Part, reports: Vec<UniformLinear>) -> Result<Vec<UniformLinear>> {
+        self.draft.finish_part(part, &reports)?;
+        Ok(reports)
     }
 
     /// The weight of a module.
@@ -272,32 +273,16 @@ fn summary(part: &Part, reports: &[UniformLinear]) -> String {
     }
 }
 
-/// Builds the folder from finished parts and puts it in place of an earlier one.
+/// Completes the folder and puts it in place of an earlier one.
 fn assemble(
     model: &dyn ModelHandle,
     layout: &Layout,
-    work: &WorkFolder,
+    draft: Draft<'_>,
     output: &Path,
     report: &UniformReport,
 ) -> Result<()> {
+    let work = draft.finish()?;
     let staging = work.path("result");
-    remove_dir(&staging)?;
-    let mut writer = CheckpointWriter::create(&staging, &layout.plan())?;
-    for entry in &layout.entries {
-        match entry {
-            Entry::Copied { from, to, .. } => writer.write(to, &model.tensors().bytes(from)?)?,
-            Entry::Rounded(target) => {
-                let holds = |part: &&Part| part.targets.contains(target);
-                let part = layout.parts.iter().find(holds);
-                let part = part.expect("invariant: every target belongs to a part");
-                let checkpoint = work.part(&part.name)?;
-                for (name, _, _) in target.plan() {
-                    writer.write(&name, &olive_core::TensorSource::bytes(&checkpoint, &name)?)?;
-                }
-            }
-        }
-    }
-    writer.finish()?;
     for file in model::companion_files(model.path())? {
         let target = staging.join(file.file_name().unwrap_or_default());
         if target.ends_with("config.json") {
@@ -311,7 +296,7 @@ fn assemble(
             fsio::write(&target, &fsio::read(&file)?)?;
         }
     }
-    place(work, &staging, output, report, model_attributes(model)?)
+    place(&work, &staging, output, report, model_attributes(model)?)
 }
 
 /// What passes before have written down about the model.

@@ -20,7 +20,7 @@ use olive_core::kernels::{View, product, row_dots};
 use olive_core::{Error, QuantMatrix, Result};
 use rayon::prelude::*;
 
-use super::minmax::{self, Grid, MinMax};
+use super::minmax::{self, Grid, MinMax, RoundedRows};
 
 /// Columns after which the remaining ones are updated.
 const BLOCK: usize = 128;
@@ -110,7 +110,9 @@ pub fn quantize(
         }
     }
     let matrix = minmax::assemble(name, grids, (shape, group_size), &ordered, &own)?;
-    let rounded = grids.quantize(name, values, shape, group_size)?;
+    let mut nearest = RoundedRows::default();
+    grids.round_rows(values, group_size, None, &mut nearest);
+    let rounded = minmax::assemble(name, grids, (shape, group_size), &nearest.levels, &nearest.grids)?;
     let (loss, loss_rtn) = (
         weighted_loss(&matrix, values, gram),
         weighted_loss(&rounded, values, gram),

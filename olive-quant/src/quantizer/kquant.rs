@@ -18,30 +18,12 @@
 //! Candidates are compared by the error of the fitted line, as in Olive. An asymmetric line whose offset is no whole
 //! number of steps loses some of its advantage, or all of it, once its zero point is rounded.
 
-use olive_core::{QuantMatrix, Result};
-
-use super::minmax::{self, Grid, MinMax};
+use super::minmax::{Grid, MinMax};
 
 const ASYMMETRIC_STEPS: i32 = 20;
 const STEP: f64 = 0.1;
 /// Adding and subtracting it rounds a magnitude below 2^51 half to even.
 const ROUNDER: f64 = 6_755_399_441_055_744.0;
-
-/// Rounds `weight [rows, cols]` with the search. `name` is for messages.
-///
-/// # Errors
-/// Those of [`minmax::pack`].
-pub fn quantize(
-    name: &str,
-    weight: &[f32],
-    shape: [usize; 2],
-    group_size: usize,
-    grids: &MinMax,
-) -> Result<QuantMatrix> {
-    minmax::pack(name, grids, weight, (shape, group_size), |group| {
-        grid(group, grids)
-    })
-}
 
 /// The best grid of a group.
 pub fn grid(group: &[f32], grids: &MinMax) -> Grid {

@@ -16,7 +16,10 @@
 
 use half::{bf16, f16};
 use olive_core::{DType, Error, QuantMatrix, Result};
-use rayon::prelude::*;
+
+mod rows;
+
+pub use rows::{ChooseGrid, RoundedRows};
 
 /// Scale and zero point of a group.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -73,9 +76,12 @@ impl MinMax {
 
     /// The smallest and the largest value that the grid of a group has to hold.
     pub fn range(&self, group: &[f32]) -> [f32; 2] {
-        let (mut low, mut high) = group
-            .iter()
-            .fold((0.0f32, 0.0f32), |(l, h), w| (l.min(*w), h.max(*w)));
+        let extremes = group.iter().fold([0.0f32; 2], |[l, h], w| [l.min(*w), h.max(*w)]);
+        self.whole_range(extremes)
+    }
+
+    /// The range for a group whose values are all between these two.
+    fn whole_range(&self, [mut low, mut high]: [f32; 2]) -> [f32; 2] {
         if self.symmetric {
             high = high.max(-low);
             low = -high;
@@ -89,8 +95,13 @@ impl MinMax {
 
     /// The grid of a group of finite values.
     pub fn grid(&self, group: &[f32]) -> Grid {
+        self.grid_of(self.range(group))
+    }
+
+    /// The grid of a group whose values are all between these two, zero being one of them.
+    fn grid_of(&self, extremes: [f32; 2]) -> Grid {
         let round = |value: f32| self.arithmetic.round(value);
-        let [low, high] = self.range(group);
+        let [low, high] = self.whole_range(extremes);
         let scale = self.stored_scale(round(round(high - low) / self.levels()));
         let zero = match self.symmetric {
             true => self.middle(),
@@ -127,50 +138,6 @@ impl MinMax {
     pub fn nearest(&self, grid: Grid, w: f32) -> f32 {
         (self.level(grid, w) - grid.zero) * grid.scale
     }
-
-    /// Rounds `weight [rows, cols]` to the nearest integers of its groups' own grids. `name` is for messages.
-    ///
-    /// # Errors
-    /// Those of [`pack`].
-    pub fn quantize(
-        &self,
-        name: &str,
-        weight: &[f32],
-        shape: [usize; 2],
-        group_size: usize,
-    ) -> Result<QuantMatrix> {
-        pack(name, self, weight, (shape, group_size), |group| self.grid(group))
-    }
-}
-
-/// Rounds every group of `weight [rows, cols]` to the grid that `choose` gives it. `name` is for messages.
-///
-/// # Errors
-/// [`Error::NotFinite`] if the weight is not finite; [`Error::Tensor`] if a scale does not fit its type or the sizes
-/// do not fit.
-pub fn pack(
-    name: &str,
-    grids: &MinMax,
-    weight: &[f32],
-    (shape, group_size): ([usize; 2], usize),
-    choose: impl Fn(&[f32]) -> Grid + Sync,
-) -> Result<QuantMatrix> {
-    check_weight(name, weight, shape, group_size)?;
-    let mut values = vec![0u8; weight.len()];
-    let mut own = vec![Grid::default(); weight.len() / group_size];
-    values
-        .par_chunks_mut(group_size)
-        .zip(&mut own)
-        .zip(weight.par_chunks(group_size))
-        .with_min_len(64)
-        .for_each(|((values, own), group)| {
-            let grid = choose(group);
-            for (value, w) in values.iter_mut().zip(group) {
-                *value = grids.level(grid, *w) as u8;
-            }
-            *own = grid;
-        });
-    assemble(name, grids, (shape, group_size), &values, &own)
 }
 
 /// Refuses sizes that do not fit and weights that are not finite.
@@ -195,6 +162,20 @@ pub fn check_weight(name: &str, weight: &[f32], shape: [usize; 2], group_size: u
     Ok(())
 }
 
+/// Refuses scales that do not fit their type.
+///
+/// # Errors
+/// [`Error::Tensor`] under `name`.
+pub fn check_scales(name: &str, grids: &MinMax, own: &[Grid]) -> Result<()> {
+    let wide = own.iter().filter(|grid| !grid.scale.is_finite()).count();
+    if wide == 0 {
+        return Ok(());
+    }
+    let expected = format!("groups whose scale fits {}", grids.scale_dtype);
+    let found = format!("{wide} group(s) with a wider range");
+    Err(Error::tensor(name, expected, found))
+}
+
 /// The matrix of these integers and grids.
 ///
 /// # Errors
@@ -206,15 +187,7 @@ pub fn assemble(
     values: &[u8],
     own: &[Grid],
 ) -> Result<QuantMatrix> {
-    let wide = own.iter().filter(|grid| !grid.scale.is_finite()).count();
-    if wide > 0 {
-        let expected = format!("groups whose scale fits {}", grids.scale_dtype);
-        return Err(Error::tensor(
-            name,
-            expected,
-            format!("{wide} group(s) with a wider range"),
-        ));
-    }
+    check_scales(name, grids, own)?;
     let scales = own.iter().map(|grid| grid.scale).collect();
     let zeros: Option<Vec<u8>> = (!grids.symmetric).then(|| own.iter().map(|grid| grid.zero as u8).collect());
     let scales = (scales, grids.scale_dtype);
@@ -271,9 +244,10 @@ mod tests {
     #[test]
     fn scales_that_do_not_fit_are_refused_by_name() {
         let grids = MinMax::of_weight(4, false, DType::F16);
-        let error = grids.quantize("layer.w", &[1e6; 16], [1, 16], 16).unwrap_err();
+        let grid = grids.grid(&[1e6; 16]);
+        let error = assemble("layer.w", &grids, ([1, 16], 16), &[0; 16], &[grid]).unwrap_err();
         assert!(error.to_string().contains("`layer.w`"));
-        assert!(grids.quantize("w", &[f32::NAN; 16], [1, 16], 16).is_err());
-        assert!(grids.quantize("w", &[0.0; 24], [1, 24], 16).is_err());
+        assert!(check_weight("w", &[f32::NAN; 16], [1, 16], 16).is_err());
+        assert!(check_weight("w", &[0.0; 24], [1, 24], 16).is_err());
     }
 }

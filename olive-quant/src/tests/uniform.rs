@@ -127,7 +127,7 @@ fn an_interrupted_run_goes_on_to_the_same_bytes_after_every_part() {
             assert!(matches!(error, Error::Cancelled), "{error}");
             assert!(!resumed.path().join("model").exists());
             assert_eq!(
-                resumed.path().join(WORK_FOLDER).join("layer-000").exists(),
+                resumed.path().join(WORK_FOLDER).join("layer-000.json").exists(),
                 after > 1
             );
             run(&family(name), &options, resumed.path()).unwrap();

@@ -3,6 +3,8 @@
 //! Every kernel splits its work into pieces whose borders depend on the shapes alone and sums in a fixed order, so the
 //! number of threads never changes a bit of the result.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 pub(crate) mod activation;
 pub(crate) mod aligned;
 pub(crate) mod attention;

@@ -1,10 +1,17 @@
 //! Single-precision matrix products over strided views.
 //!
-//! With AVX-512 own micro-kernels compute them, elsewhere the `gemm` crate. Every element is summed in one fixed
+//! With AVX-512 and on AArch64 own micro-kernels compute them, elsewhere the `gemm` crate. Every element is summed in one fixed
 //! order, and work is split where that does not show: results do not depend on the number of threads.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
+#[cfg(target_arch = "x86_64")]
+use avx512 as micro;
+#[cfg(target_arch = "aarch64")]
+use neon as micro;
 
 use std::cell::RefCell;
 
@@ -18,10 +25,10 @@ const WIDTH: usize = 256;
 const ROWS: usize = 24;
 /// Rows of a transposed left side that are packed at a time.
 const HEIGHT: usize = 384;
-/// Columns of a vector.
+/// Columns of the widest vector; narrower ones go side by side.
 const LANES: usize = 16;
-/// Columns of a panel, the unit in which the right side is packed.
-const PANEL: usize = 4 * LANES;
+/// Columns of a panel, the unit in which the right side is packed: as many as a tile has.
+const PANEL: usize = if cfg!(target_arch = "aarch64") { 1 } else { 4 } * LANES;
 /// Multiplications that are worth a task of their own.
 const TASK: usize = 1 << 20;
 
@@ -142,7 +149,7 @@ fn own_kernels() -> bool {
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
-        false
+        cfg!(target_arch = "aarch64")
     }
 }
 
@@ -298,17 +305,17 @@ unsafe fn multiply_block(
 }
 
 /// # Safety
-/// As [`avx512::panel_product`].
-#[cfg(target_arch = "x86_64")]
+/// As [`micro::panel_product`], on a processor that [`own_kernels`] is true of.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline]
 unsafe fn panel_product(a: Left, size: [usize; 2], panel: *const f32, columns: usize, c: Destination) {
     // SAFETY: as promised by the caller.
-    unsafe { avx512::panel_product(a, size, panel, columns, c) };
+    unsafe { micro::panel_product(a, size, panel, columns, c) };
 }
 
 /// # Safety
 /// Never called: there are no micro-kernels.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 unsafe fn panel_product(_: Left, _: [usize; 2], _: *const f32, _: usize, _: Destination) {}
 
 /// A transposed left side with the rows of each inner element side by side.
@@ -370,17 +377,17 @@ fn pack_block(b: View<'_>, [p0, depth]: [usize; 2], [j0, width]: [usize; 2], out
 }
 
 /// Packs 16 columns that are contiguous along the inner dimension; whether it could.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 fn transpose_lanes(source: &[f32], stride: usize, depth: usize, out: &mut [f32], width: usize) -> bool {
     let fits = source.len() >= extent(LANES, depth, stride) && out.len() >= extent(depth, LANES, width);
     if fits && own_kernels() {
-        // SAFETY: the processor has AVX-512 F, and both sides were checked.
-        unsafe { avx512::pack_transposed(source.as_ptr(), stride, depth, out.as_mut_ptr(), width) };
+        // SAFETY: the micro-kernels run on this processor, and both sides were checked.
+        unsafe { micro::pack_transposed(source.as_ptr(), stride, depth, out.as_mut_ptr(), width) };
     }
     fits && own_kernels()
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn transpose_lanes(_: &[f32], _: usize, _: usize, _: &mut [f32], _: usize) -> bool {
     false
 }

@@ -32,7 +32,8 @@ arguments!(A B C D E);
 arguments!(A B C D E G);
 
 /// Calls `f` with `arguments`, compiled for AVX-512 or AVX2 where the processor has them. The result does not depend
-/// on which: the compiler neither reorders sums nor fuses products with them.
+/// on which: the compiler neither reorders sums nor fuses products with them. On AArch64 the plain version has all
+/// vectors there are, NEON's.
 ///
 /// `f` must be a function marked `#[inline(always)]`; of others, and of closures, the plain version is called.
 #[inline(always)]

@@ -12,6 +12,10 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL and VNNI.
     Avx512Vnni,
+    /// AArch64, all of which has vectors of 128 bits.
+    Neon,
+    /// AArch64 with dot products of bytes.
+    NeonDot,
 }
 
 impl Isa {
@@ -21,15 +25,23 @@ impl Isa {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512Vnni => "avx512vnni",
+            Self::Neon => "neon",
+            Self::NeonDot => "neondot",
         }
     }
 
     /// Every set that this processor has, plainest first.
     pub fn available() -> Vec<Self> {
-        [Self::Scalar, Self::Avx2, Self::Avx512Vnni]
-            .into_iter()
-            .filter(|isa| isa.is_available())
-            .collect()
+        [
+            Self::Scalar,
+            Self::Avx2,
+            Self::Avx512Vnni,
+            Self::Neon,
+            Self::NeonDot,
+        ]
+        .into_iter()
+        .filter(|isa| isa.is_available())
+        .collect()
     }
 
     /// Whether this processor has it.
@@ -45,15 +57,22 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vnni")
                     && Self::Avx2.is_available()
             }
+            Self::Neon | Self::NeonDot => false,
         };
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        let found = match self {
+            Self::Scalar | Self::Neon => true,
+            Self::NeonDot => std::arch::is_aarch64_feature_detected!("dotprod"),
+            Self::Avx2 | Self::Avx512Vnni => false,
+        };
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let found = self == Self::Scalar;
         found
     }
 }
 
 /// The set in use: the widest that the processor has, or the one that the environment variable `OLIVE_ISA` names
-/// (`scalar`, `avx2`, `avx512vnni`) if the processor has it. Read once.
+/// (`scalar`, `avx2`, `avx512vnni`, `neon`, `neondot`) if the processor has it. Read once.
 pub fn isa() -> Isa {
     static CHOSEN: OnceLock<Isa> = OnceLock::new();
     *CHOSEN.get_or_init(|| {
@@ -97,14 +116,20 @@ macro_rules! multiversion {
                     $wide($($arg),*)
                 }
                 match $isa {
-                    $crate::kernels::Isa::Scalar => $plain($($arg),*),
                     // SAFETY: an `Isa` other than `Scalar` is only passed on where `Isa::is_available` said so.
                     $crate::kernels::Isa::Avx2 => unsafe { avx2($($arg),*) },
                     // SAFETY: as above.
                     $crate::kernels::Isa::Avx512Vnni => unsafe { avx512($($arg),*) },
+                    _ => $plain($($arg),*),
                 }
             }
-            #[cfg(not(target_arch = "x86_64"))]
+            // NEON is what the compiler takes for granted there.
+            #[cfg(target_arch = "aarch64")]
+            match $isa {
+                $crate::kernels::Isa::Scalar => $plain($($arg),*),
+                _ => $wide($($arg),*),
+            }
+            #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
             {
                 let _ = $isa;
                 $plain($($arg),*)

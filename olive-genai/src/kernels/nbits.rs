@@ -14,6 +14,8 @@ use std::ops::Range;
 use olive_core::{Error, Result};
 use olive_onnx::ir;
 
+#[cfg(target_arch = "aarch64")]
+use super::aarch64::{dotprod, neon};
 use super::activation::QuantActivations;
 use super::aligned::Aligned;
 use super::isa::{Isa, isa};
@@ -255,6 +257,12 @@ impl NBitsWeight {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { avx2::integer_piece(self, groups, acts, &mut columns) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            Isa::NeonDot => unsafe { dotprod::integer_piece(self, groups, acts, &mut columns) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            Isa::Neon => unsafe { neon::integer_piece(self, groups, acts, &mut columns) },
             _ => scalar::integer_piece(self, groups, acts, &mut columns),
         });
     }

@@ -32,7 +32,7 @@ pub use dropout::DropoutStream;
 pub(crate) use dropout::child_key;
 pub use head::{CrossEntropy, Embedding, Head};
 pub use host::HostTensor;
-pub use layer::{DecoderLayer, LayerGradients, LayerTape, Observer};
+pub use layer::{DecoderLayer, GradientObserver, LayerGradients, LayerTape, Observer};
 pub use linear::{BaseWeight, Linear, LinearTape, LowRank, LowRankGradient};
 pub use norm::RmsNorm;
 pub use perplexity::{Attachment, Perplexity, evaluate_perplexity};

@@ -231,5 +231,5 @@ pub fn register_passes(registry: &mut PassRegistry, calibration: &CalibrationPro
     registry.register(Box::new(Rtn));
     registry.register(Box::new(Gptq::new(calibration.clone())));
     registry.register(Box::new(KQuant));
-    registry.register(Box::new(SelectiveMixedPrecision));
+    registry.register(Box::new(SelectiveMixedPrecision::new(calibration.clone())));
 }

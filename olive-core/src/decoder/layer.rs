@@ -19,6 +19,9 @@ use crate::weight::LinearWeight;
 /// same tensor (q, k, v; gate, up) are shown it each.
 pub type Observer<'a, B> = dyn FnMut(LinearRole, &Tensor<B, 3>) + 'a;
 
+/// Is shown the input `[n, in]` of every linear and the gradient of its output `[n, out]`, in the order of the backward.
+pub type GradientObserver<'a, B> = dyn FnMut(LinearRole, &Tensor<B, 2>, &Tensor<B, 2>) + 'a;
+
 /// Gradients of the low-rank parts of one layer.
 pub type LayerGradients<B> = Vec<(LinearRole, LowRankGradient<B>)>;
 
@@ -60,6 +63,13 @@ pub struct LayerTape<B: Backend> {
     inner: Option<Tensor<B, 2>>,
     linears: Vec<(LinearRole, LinearTape<B>)>,
 }
+
+/// Where the backward takes the tapes of linears from, and where it leaves what it finds.
+type Sinks<'a, 'b, B> = (
+    &'a mut Vec<(LinearRole, LinearTape<B>)>,
+    &'a mut LayerGradients<B>,
+    &'a mut GradientObserver<'b, B>,
+);
 
 impl<B: Backend> DecoderLayer<B> {
     /// Reads layer `index` to `device`; packed linears stay packed in host memory.
@@ -195,6 +205,17 @@ impl<B: Backend> DecoderLayer<B> {
         sequences: &[&SequenceTables<B>],
         dropout: &DropoutStream,
     ) -> (Tensor<B, 2>, LayerTape<B>) {
+        self.forward_taped(x, sequences, dropout, false)
+    }
+
+    /// As [`DecoderLayer::forward_train`]; `keep_inputs` says whether the inputs of all linears are kept.
+    fn forward_taped(
+        &self,
+        x: Tensor<B, 2>,
+        sequences: &[&SequenceTables<B>],
+        dropout: &DropoutStream,
+        keep_inputs: bool,
+    ) -> (Tensor<B, 2>, LayerTape<B>) {
         let mut linears = Vec::new();
         let normed = self.input_norm.forward(x.clone());
         let qkv = self.apply(&QKV, normed.clone(), dropout, &mut linears);
@@ -206,7 +227,8 @@ impl<B: Backend> DecoderLayer<B> {
         let inner = activation::gated(self.activation, &gate_up);
         let output = self.apply(&[LinearRole::Down], inner.clone(), dropout, &mut linears);
         let y = matmul::add(middle.clone(), output);
-        let kept = |roles: &[LinearRole], x| self.of(roles).any(|(_, l)| l.low_rank.is_some()).then_some(x);
+        let read = |roles: &[LinearRole]| self.of(roles).any(|(_, linear)| linear.low_rank.is_some());
+        let kept = |roles: &[LinearRole], x| (keep_inputs || read(roles)).then_some(x);
         let tape = LayerTape {
             x,
             normed: kept(&QKV, normed),
@@ -231,12 +253,37 @@ impl<B: Backend> DecoderLayer<B> {
         dropout: &DropoutStream,
         gradients: &mut LayerGradients<B>,
     ) -> Tensor<B, 2> {
+        self.backward_observed(tape, dy, (sequences, dropout), gradients, &mut |_, _, _| ())
+    }
+
+    /// Computes the layer again on its input `x [n, hidden]` without dropout, and from the gradient of its output that
+    /// of `x`; shows what the gradient of each linear's weight is made of.
+    pub fn observe_gradients(
+        &self,
+        x: Tensor<B, 2>,
+        dy: Tensor<B, 2>,
+        sequences: &[&SequenceTables<B>],
+        observe: &mut GradientObserver<'_, B>,
+    ) -> Tensor<B, 2> {
+        let none = DropoutStream::none();
+        let (_, tape) = self.forward_taped(x, sequences, &none, true);
+        self.backward_observed(tape, dy, (sequences, &none), &mut Vec::new(), observe)
+    }
+
+    fn backward_observed(
+        &self,
+        tape: LayerTape<B>,
+        dy: Tensor<B, 2>,
+        (sequences, dropout): (&[&SequenceTables<B>], &DropoutStream),
+        gradients: &mut LayerGradients<B>,
+        observe: &mut GradientObserver<'_, B>,
+    ) -> Tensor<B, 2> {
         let mut tapes = tape.linears;
         // An input that was not kept is not read either.
         let unread = tape.x.clone();
         let mut back = |roles: &[LinearRole], x: Option<&Tensor<B, 2>>, dy: Tensor<B, 2>| {
             let x = x.unwrap_or(&unread);
-            self.apply_backward(roles, x, dy, dropout, (&mut tapes, gradients))
+            self.apply_backward(roles, x, dy, dropout, (&mut tapes, gradients, observe))
         };
         let d_inner = back(&[LinearRole::Down], tape.inner.as_ref(), dy.clone());
         let d_gate_up = activation::gated_backward(self.activation, &tape.gate_up, d_inner);
@@ -291,7 +338,7 @@ impl<B: Backend> DecoderLayer<B> {
         x: &Tensor<B, 2>,
         dy: Tensor<B, 2>,
         dropout: &DropoutStream,
-        (tapes, gradients): (&mut Vec<(LinearRole, LinearTape<B>)>, &mut LayerGradients<B>),
+        (tapes, gradients, observe): Sinks<'_, '_, B>,
     ) -> Tensor<B, 2> {
         let [n, width] = dy.dims();
         let mut first = 0;
@@ -303,6 +350,7 @@ impl<B: Backend> DecoderLayer<B> {
                 false => dy.clone().slice([0..n, first..first + outputs]),
             };
             first += outputs;
+            observe(*role, x, &own);
             let at = tapes.iter().position(|(taped, _)| taped == role);
             let (_, tape) = tapes.swap_remove(at.expect("invariant: the forward taped every linear"));
             let (dx, gradient) = linear.backward_rows(x, tape, own, &dropout.child(*role as u64));

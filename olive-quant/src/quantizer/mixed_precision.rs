@@ -6,18 +6,26 @@
 //! snr_relative  snr at low bits - snr at high bits
 //! iqe           1 / (max over rows of the mean of (W - Q(W))² + 1e-12)
 //! iqe_relative  iqe at low bits / iqe at high bits
+//! kld_gradient  minus the alignment of a million weights, see [`kld`]
 //! ```
 //!
 //! The most sensitive are promoted until they hold `1 - ratio` of all weights. Query, key and value of a layer are one
-//! unit: sums (snr) and maxima (iqe) over the three are those of the fused matrix.
+//! unit: sums (snr, kld_gradient) and maxima (iqe) over the three are those of the fused matrix.
+
+pub mod kld;
 
 use olive_core::arch::ModuleQuantization;
-use olive_core::{DType, Error, LinearRole, LinearWeight, ModelSpec, Result, TensorSource, WeightKind};
+use olive_core::{
+    DType, Error, LinearRole, LinearSpec, LinearWeight, ModelSpec, Result, TensorSource, WeightKind,
+};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
+use self::kld::Alignments;
 use super::minmax::MinMax;
 
+/// The module of the head.
+const HEAD: &str = "lm_head";
 /// Smallest quotient.
 const EPSILON: f64 = 1e-12;
 
@@ -39,12 +47,19 @@ pub enum Choice {
     Iqe,
     /// Largest mean square error of a row against that at high bits.
     IqeRelative,
+    /// Share in the divergence of the rounded model's output; calibrated.
+    KldGradient,
 }
 
 impl Choice {
     /// Whether weights have to be looked at.
     pub fn is_scored(self) -> bool {
         !matches!(self, Self::KQuantLast | Self::KQuantDown | Self::KQuantMixed)
+    }
+
+    /// Whether the score needs [`kld::alignments`].
+    pub fn calibrates(self) -> bool {
+        self == Self::KldGradient
     }
 }
 
@@ -73,7 +88,7 @@ pub fn promotes_layer(index: usize, n: usize) -> bool {
     8 * index < n || 8 * index >= 7 * n || (index as i64 - n as i64 / 8).rem_euclid(3) == 2
 }
 
-/// Chooses by rule or by score.
+/// Chooses by rule or by score; only [`Choice::KldGradient`] looks at `alignments`.
 ///
 /// # Errors
 /// Those of reading the weights, for scores; [`Error::Unsupported`] for weights that are packed already.
@@ -82,9 +97,14 @@ pub fn choose(
     spec: &ModelSpec,
     choice: Choice,
     precisions: &Precisions,
+    alignments: &Alignments,
 ) -> Result<MixedPrecision> {
     if choice.is_scored() {
-        return choose_by_score(source, spec, choice, precisions);
+        let units = match choice.calibrates() {
+            true => aligned_units(spec, alignments)?,
+            false => damaged_units(source, spec, precisions)?,
+        };
+        return Ok(choose_by_score(units, spec, choice, precisions));
     }
     let bits = json!({"bits": precisions.high.bits});
     let mut overrides = Map::new();
@@ -105,7 +125,7 @@ pub fn choose(
     if spec.tie_word_embeddings {
         overrides.insert(module_name(spec.embedding_name()), bits.clone());
     }
-    overrides.insert("lm_head".to_owned(), bits);
+    overrides.insert(HEAD.to_owned(), bits);
     let mut default = Map::new();
     default.insert("bits".to_owned(), precisions.low.bits.into());
     let overrides = sorted_by_name(overrides);
@@ -146,6 +166,7 @@ struct Damage {
     signal: f64,
     noise: [f64; 2],
     worst_row: [f64; 2],
+    alignment: f64,
 }
 
 impl Damage {
@@ -156,10 +177,12 @@ impl Damage {
             signal: self.signal + other.signal,
             noise: sum(self.noise, other.noise),
             worst_row: most(self.worst_row, other.worst_row),
+            alignment: self.alignment + other.alignment,
         }
     }
 
-    fn score(self, choice: Choice) -> f64 {
+    /// Low is sensitive.
+    fn score(self, choice: Choice, weights: usize) -> f64 {
         let floor = EPSILON * EPSILON;
         let snr = |noise: f64| 10.0 * (self.signal.max(floor) / noise.max(floor)).log10();
         let iqe = |worst: f64| 1.0 / (worst + EPSILON);
@@ -168,6 +191,7 @@ impl Damage {
             Choice::SnrRelative => snr(low) - snr(high),
             Choice::Iqe => iqe(worst_low),
             Choice::IqeRelative => iqe(worst_low) / iqe(worst_high),
+            Choice::KldGradient => -self.alignment / (weights.max(1) as f64 / 1e6),
             _ => snr(low),
         }
     }
@@ -180,38 +204,65 @@ struct Unit {
     damage: Damage,
 }
 
+/// Units of the layers, from what `of` makes of a linear.
+fn layer_units(spec: &ModelSpec, mut of: impl FnMut(&LinearSpec) -> Result<Unit>) -> Result<Vec<Unit>> {
+    let mut units: Vec<Unit> = Vec::new();
+    for linear in (0..spec.n_layers).flat_map(|layer| spec.linears(layer)) {
+        let unit = of(&linear)?;
+        // K and V join the unit that Q began.
+        match (units.last_mut(), linear.role) {
+            (Some(last), LinearRole::K | LinearRole::V) => {
+                last.modules.extend(unit.modules);
+                last.weights += unit.weights;
+                last.damage = last.damage.and(unit.damage);
+            }
+            _ => units.push(unit),
+        }
+    }
+    Ok(units)
+}
+
+fn damaged_units(source: &dyn TensorSource, spec: &ModelSpec, precisions: &Precisions) -> Result<Vec<Unit>> {
+    let mut units = layer_units(spec, |linear| {
+        let shape = [linear.out_features, linear.in_features];
+        let stored = LinearWeight::read(source, spec, linear)?.weight;
+        unit(linear.name.clone(), stored, shape, precisions)
+    })?;
+    let shape = [spec.vocab_size, spec.hidden_size];
+    let module = module_name(spec.lm_head_name());
+    let head = WeightKind::read(source, spec.quantization.as_ref(), &module, shape)?;
+    units.push(unit(HEAD.to_owned(), head, shape, precisions)?);
+    Ok(units)
+}
+
+fn aligned_units(spec: &ModelSpec, alignments: &Alignments) -> Result<Vec<Unit>> {
+    let unit = |module: &str, weights: usize| {
+        let found = alignments.get(module);
+        let alignment = *found.ok_or_else(|| Error::tensor(module, "a sensitivity", "none"))?;
+        Ok(Unit {
+            modules: vec![module.to_owned()],
+            weights,
+            damage: Damage {
+                alignment,
+                ..Damage::default()
+            },
+        })
+    };
+    let mut units = layer_units(spec, |linear| {
+        unit(&linear.name, linear.out_features * linear.in_features)
+    })?;
+    units.push(unit(HEAD, spec.vocab_size * spec.hidden_size)?);
+    Ok(units)
+}
+
 fn choose_by_score(
-    source: &dyn TensorSource,
+    mut units: Vec<Unit>,
     spec: &ModelSpec,
     choice: Choice,
     precisions: &Precisions,
-) -> Result<MixedPrecision> {
-    let mut units: Vec<Unit> = Vec::new();
-    for layer in 0..spec.n_layers {
-        for linear in spec.linears(layer) {
-            let shape = [linear.out_features, linear.in_features];
-            let stored = LinearWeight::read(source, spec, &linear)?.weight;
-            let unit = unit(linear.name, stored, shape, precisions)?;
-            // K and V join the unit that Q began.
-            match (units.last_mut(), linear.role) {
-                (Some(last), LinearRole::K | LinearRole::V) => {
-                    last.modules.extend(unit.modules);
-                    last.weights += unit.weights;
-                    last.damage = last.damage.and(unit.damage);
-                }
-                _ => units.push(unit),
-            }
-        }
-    }
-    let shape = [spec.vocab_size, spec.hidden_size];
-    let head = WeightKind::read(
-        source,
-        spec.quantization.as_ref(),
-        &module_name(spec.lm_head_name()),
-        shape,
-    )?;
-    units.push(unit("lm_head".to_owned(), head, shape, precisions)?);
-    units.sort_by(|a, b| a.damage.score(choice).total_cmp(&b.damage.score(choice)));
+) -> MixedPrecision {
+    let score = |unit: &Unit| unit.damage.score(choice, unit.weights);
+    units.sort_by(|a, b| score(a).total_cmp(&score(b)));
     let total: usize = units.iter().map(|unit| unit.weights).sum();
     let wanted = total as f64 * (1.0 - precisions.ratio);
     let (mut promoted, mut overrides) = (0usize, Map::new());
@@ -219,7 +270,7 @@ fn choose_by_score(
     for unit in units {
         promoted += unit.weights;
         for module in unit.modules {
-            if module == "lm_head" && spec.tie_word_embeddings {
+            if module == HEAD && spec.tie_word_embeddings {
                 overrides.insert(module_name(spec.embedding_name()), high.clone());
             }
             overrides.insert(module, high.clone());
@@ -228,10 +279,10 @@ fn choose_by_score(
             break;
         }
     }
-    Ok(MixedPrecision {
+    MixedPrecision {
         default: settings_json(precisions.low),
         overrides: sorted_by_name(overrides),
-    })
+    }
 }
 
 fn unit(module: String, stored: WeightKind, shape: [usize; 2], precisions: &Precisions) -> Result<Unit> {
@@ -318,10 +369,12 @@ mod tests {
             signal: 100.0,
             noise: [1.0, 0.01],
             worst_row: [0.5, 0.005],
+            alignment: -3.0,
         };
-        let close = |choice, want: f64| assert!((damage.score(choice) - want).abs() < 1e-6 * want);
+        let close = |choice, want: f64| assert!((damage.score(choice, 500_000) - want).abs() < 1e-6 * want);
         close(Choice::Snr, 20.0);
-        assert!((damage.score(Choice::SnrRelative) + 20.0).abs() < 1e-9);
+        assert!((damage.score(Choice::SnrRelative, 1) + 20.0).abs() < 1e-9);
+        close(Choice::KldGradient, 6.0);
         close(Choice::Iqe, 2.0);
         close(Choice::IqeRelative, 0.01);
     }

@@ -5,6 +5,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use olive_core::arch::ModuleQuantization;
+use olive_core::decoder::Cpu;
 use olive_core::{
     CancelToken, Checkpoint, HfModel, ModelHandle, NoProgress, Pass, PassConfig, PassContext, TensorSource,
     fsio,
@@ -14,6 +16,7 @@ use serde_json::{Map, Value, json};
 use super::runs::family;
 use crate::calibration::CalibrationSet;
 use crate::olive_layout::{Gptq, KQuant, Rtn, SelectiveMixedPrecision};
+use crate::quantizer::mixed_precision::{Precisions, kld};
 
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/quantizers")
@@ -249,13 +252,21 @@ fn gptq_gives_olives_integers_where_its_inputs_are_olives() {
 
 #[test]
 fn modules_are_chosen_as_olive_chooses_them() {
-    let cases: Vec<Value> = fsio::read_json(golden().join("mixed_precision.json")).unwrap();
+    let mut cases: Vec<Value> = fsio::read_json(golden().join("mixed_precision.json")).unwrap();
     assert!(cases.len() >= 20);
+    cases.extend(kld_cases());
     for case in cases {
         let folder = tempfile::tempdir().unwrap();
         let model = case["model"].as_str().unwrap();
+        let tokens = case["calibration"].clone();
+        let sequences = if tokens.is_null() {
+            Vec::new()
+        } else {
+            serde_json::from_value(tokens).unwrap()
+        };
+        let calibration = CalibrationSet::new(sequences);
         run(
-            &SelectiveMixedPrecision,
+            &SelectiveMixedPrecision::new(Arc::new(move |_, _| Ok(calibration.clone()))),
             model,
             case["config"].clone(),
             folder.path(),
@@ -267,6 +278,45 @@ fn modules_are_chosen_as_olive_chooses_them() {
             value["overrides"].as_object().unwrap().keys().cloned().collect()
         };
         assert_eq!(names(ours), names(&case["chosen"]), "{model}: order");
+    }
+}
+
+fn kld_cases() -> Vec<Value> {
+    let cases: Vec<Value> = fsio::read_json(golden().join("kld_gradient.json")).unwrap();
+    assert_eq!(cases.len(), 4);
+    cases
+}
+
+#[test]
+fn alignments_are_olives() {
+    for case in kld_cases() {
+        let name = case["model"].as_str().unwrap();
+        let number = |key: &str| case["config"][key].as_i64();
+        let settings = |bits, group_size: Option<i64>, symmetric: &Value| ModuleQuantization {
+            bits,
+            group_size: group_size.unwrap_or(16),
+            symmetric: symmetric.as_bool().unwrap_or(false),
+        };
+        let precisions = Precisions {
+            low: settings(4, None, &Value::Null),
+            high: settings(8, number("high_group_size"), &case["config"]["high_sym"]),
+            ratio: 0.7,
+        };
+        let calibration = CalibrationSet::new(serde_json::from_value(case["calibration"].clone()).unwrap());
+        let model = HfModel::open(family(name)).unwrap();
+        let none = CancelToken::default();
+        let found = kld::alignments::<Cpu>(&model, &calibration, &precisions, &NoProgress, &none).unwrap();
+        let theirs = case["alignments"].as_object().unwrap();
+        assert_eq!(found.len(), theirs.len());
+        // The other models are in single precision; this one Olive computes in bfloat16.
+        let tolerance = if name == "phi3-partial" { 0.1 } else { 1e-4 };
+        for (module, own) in &found {
+            let theirs = theirs[module].as_f64().unwrap();
+            assert!(
+                (own / theirs - 1.0).abs() < tolerance,
+                "{name} {module}: {own} {theirs}"
+            );
+        }
     }
 }
 

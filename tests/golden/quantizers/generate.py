@@ -6,7 +6,10 @@
 `<case>.safetensors`: the packed tensors that the pass wrote, under the names that Olive 0.13 gives them (of phi3-partial
 without the second layer), and for GPTQ also
 `calibration` I64 [sequences, tokens]. Its metadata holds `model` (a folder of ../families), `pass`, `config`, and
-`quantization_config` as the pass wrote it. `mixed_precision.json`: what SelectiveMixedPrecision chose.
+`quantization_config` as the pass wrote it. `mixed_precision.json`: what SelectiveMixedPrecision chose;
+`kld_gradient.json` the same for its calibrated score, with the tokens and the alignment of each module.
+
+`generate.py kld_gradient` makes only the last.
 """
 
 import json
@@ -24,6 +27,7 @@ FAMILIES = HERE.parent / "families"
 torch.set_num_threads(1)
 
 import olive.passes.pytorch.quant_utils as quant_utils  # noqa: E402
+import olive.passes.pytorch.selective_mixed_precision as selective  # noqa: E402
 from olive.hardware.accelerator import DEFAULT_CPU_ACCELERATOR  # noqa: E402
 from olive.model import HfModelHandler  # noqa: E402
 from olive.passes.olive_pass import create_pass_from_dict  # noqa: E402
@@ -89,7 +93,7 @@ def run(kind, family, config):
     model.save_metadata = lambda path, **_: []
     ids = calibration(family)
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
-    quant_utils.get_calibration_dataset = lambda *_, **__: batches
+    quant_utils.get_calibration_dataset = selective.get_calibration_dataset = lambda *_, **__: batches
     owned = create_pass_from_dict(PASSES[kind], config, disable_search=True, accelerator_spec=DEFAULT_CPU_ACCELERATOR)
     with tempfile.TemporaryDirectory() as out:
         result = owned._run_for_config(model, owned.config, out)
@@ -106,6 +110,33 @@ def run(kind, family, config):
     if kind == "Gptq":
         packed["calibration"] = ids
     return packed, written
+
+
+def alignments(family, config):
+    """What `kld_gradient` makes of every module, and what it chooses."""
+    strategy, found = selective._KldGradientStrategy, {}
+    whole = strategy.compute_module_stats
+
+    def recorded(self, handler, wrapper, device):
+        result = whole(self, handler, wrapper, device)
+        found.update({name: stats["alignment"] for name, stats in result[1].items()})
+        return result
+
+    strategy.compute_module_stats = recorded
+    try:
+        chosen = run("SelectiveMixedPrecision", family, config)
+    finally:
+        strategy.compute_module_stats = whole
+    tokens = calibration(family).tolist()
+    return {"model": family, "config": config, "calibration": tokens, "alignments": found, "chosen": plain(chosen)}
+
+
+def kld_gradient():
+    cases = []
+    for family, high in (("mistral", {}), ("qwen2", {"high_group_size": 32}), ("phi3-partial", {}), ("llama3-rope", {"high_sym": True})):
+        config = {"algorithm": "kld_gradient", "group_size": 16, "ratio": 0.7, **high}
+        cases.append(alignments(family, config))
+    (HERE / "kld_gradient.json").write_text(json.dumps(cases) + "\n")
 
 
 def plain(value):
@@ -131,6 +162,7 @@ def main():
         info = run("SelectiveMixedPrecision", family, {k: v for k, v in config.items() if v is not None})
         chosen.append({"model": family, "config": config, "chosen": plain(info)})
     (HERE / "mixed_precision.json").write_text(json.dumps(chosen, indent=1) + "\n")
+    kld_gradient()
 
 
-main()
+kld_gradient() if sys.argv[1:] == ["kld_gradient"] else main()

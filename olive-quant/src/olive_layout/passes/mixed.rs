@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use olive_core::arch::ModuleQuantization;
+use olive_core::decoder::Cpu;
 use olive_core::model::{self, MODEL_CONFIG_FILE};
 use olive_core::{
     Error, HfModel, ModelHandle, ModelKind, ParamKind, ParamSpec, Pass, PassConfig, PassContext, Result, fsio,
@@ -14,7 +15,9 @@ use super::HF_TO_HF;
 use super::params::{BITS, GROUP_SIZE, SYM, searched};
 use crate::olive_layout::run::model_attributes;
 use crate::output::{check_replaceable, place_folder};
+use crate::pass::CalibrationProvider;
 use crate::preflight::check_output;
+use crate::quantizer::mixed_precision::kld::{self, Alignments};
 use crate::quantizer::mixed_precision::{self, Choice, MixedPrecision, Precisions};
 
 /// Where the choice is left in the `model_attributes` of `model_config.json`.
@@ -34,7 +37,7 @@ const PARAMS: &[ParamSpec] = &[
                 "snr",
                 "snr_relative",
             ]),
-            "How modules are chosen; `kld_gradient` is not supported.",
+            "How modules are chosen; `kld_gradient` looks at the calibration text.",
         ),
         &[
             "\"k_quant_down\"",
@@ -42,6 +45,7 @@ const PARAMS: &[ParamSpec] = &[
             "\"k_quant_last\"",
             "\"iqe\"",
             "\"iqe_relative\"",
+            "\"kld_gradient\"",
             "\"snr\"",
             "\"snr_relative\"",
         ],
@@ -89,7 +93,7 @@ const PARAMS: &[ParamSpec] = &[
         "kld_memory_mode",
         ParamKind::OneOf(&["auto", "full", "multi_gpu", "low_memory", "offload"]),
         "\"auto\"",
-        "For `kld_gradient`; has no effect without it.",
+        "Has no effect: `kld_gradient` holds one layer at a time.",
     ),
 ];
 
@@ -116,8 +120,17 @@ pub fn mixed_precision_of(model: &dyn ModelHandle) -> Result<Option<MixedPrecisi
 
 /// Olive's `SelectiveMixedPrecision`: the same model, with the settings of its modules in `model_config.json`, which
 /// `Gptq`, `KQuant` and `Rtn` follow.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct SelectiveMixedPrecision;
+#[derive(Clone)]
+pub struct SelectiveMixedPrecision {
+    calibration: CalibrationProvider,
+}
+
+impl SelectiveMixedPrecision {
+    /// The pass, with what gives the tokens for `kld_gradient`.
+    pub fn new(calibration: CalibrationProvider) -> Self {
+        Self { calibration }
+    }
+}
 
 #[derive(Debug, Deserialize)]
 struct Parameters {
@@ -139,7 +152,7 @@ fn parameters(config: &PassConfig) -> Result<(Choice, Precisions)> {
         return Err(Error::config(origin, "bits", "4 or 8", found));
     }
     let choice = Choice::deserialize(Value::String(own.algorithm.clone())).map_err(|_| {
-        let expected = "a rule, or a score other than `kld_gradient`, which is not supported";
+        let expected = "a rule or a score";
         Error::config(origin, "algorithm", expected, own.algorithm.clone())
     })?;
     let ratio = match own.ratio {
@@ -217,7 +230,16 @@ impl Pass for SelectiveMixedPrecision {
         check_replaceable(context.output)?;
         let (choice, precisions) = parameters(config)?;
         context.cancel.check()?;
-        let chosen = mixed_precision::choose(model.tensors(), model.spec(), choice, &precisions)?;
+        let alignments = match choice.calibrates() {
+            true => {
+                let calibration = (self.calibration)(model, None)?;
+                let (progress, cancel) = (context.progress, context.cancel);
+                kld::alignments::<Cpu>(model, &calibration, &precisions, progress, cancel)?
+            }
+            false => Alignments::new(),
+        };
+        let chosen =
+            mixed_precision::choose(model.tensors(), model.spec(), choice, &precisions, &alignments)?;
         let mut files = model::companion_files(model.path())?;
         files.extend(HfModel::open(model.path())?.weight_files());
         let mut attributes = model_attributes(model)?.unwrap_or_else(|| json!({}));

@@ -31,14 +31,14 @@ fn awq_layout(c: &mut Criterion) {
 fn weight(n: usize, k: usize, bits: usize) -> NBitsWeight {
     let data = bytes(n * k * bits / 8, 3);
     let packed = Tensor::inline("w", OnnxType::Uint8, [n, k / 32, 32 * bits / 8], data).unwrap();
-    let scales = values(n * k / 32, 4).into_iter().map(|s| s * 0.01).collect();
+    let scales: Vec<f32> = values(n * k / 32, 4).into_iter().map(|s| s * 0.01).collect();
     let shape = NBitsShape {
         n,
         k,
         bits,
         block: 32,
     };
-    NBitsWeight::new(shape, packed, scales, ZeroPoints::Constant(1 << (bits - 1))).unwrap()
+    NBitsWeight::new(shape, packed, &scales, ZeroPoints::Constant(1 << (bits - 1))).unwrap()
 }
 
 /// The largest distance from the product in f64, relative to the largest element.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::isa::{Isa, multiversion_fused};
-use super::nbits::{GROUP, NBitsWeight, ZeroPoints};
+use super::nbits::{GROUP, NBitsWeight};
 use super::parallel::Columns;
 
 /// Products of some groups of features with all rows.
@@ -68,23 +68,11 @@ fn group_rows<const BITS: usize, const ROWS: usize, const FUSED: bool>(
 ) {
     let k = weight.k;
     let rows: [&[f32]; ROWS] = std::array::from_fn(|r| &values[r * k..(r + 1) * k]);
-    let steps = weight.group_steps(group).as_chunks::<64>().0;
-    let of_group = weight.group_blocks(group);
-    let scales = weight.scales[of_group.clone()].as_chunks::<GROUP>().0;
     let mut sums = [[0.0f32; GROUP]; ROWS];
-    for (b, steps) in steps.chunks_exact(weight.block_steps()).enumerate() {
-        let points = of_group.start + b * GROUP..of_group.start + (b + 1) * GROUP;
-        let zeros: [f32; GROUP] = match &weight.zero_points {
-            ZeroPoints::Constant(z) => [f32::from(*z); GROUP],
-            ZeroPoints::Bytes(bytes) => {
-                let bytes = &bytes[points];
-                std::array::from_fn(|l| f32::from(bytes[l]))
-            }
-            ZeroPoints::Floats(floats) => {
-                let floats = &floats[points];
-                std::array::from_fn(|l| floats[l])
-            }
-        };
+    for b in 0..weight.blocks {
+        let steps = weight.steps(group, b).as_chunks::<64>().0;
+        let zeros = weight.points(group, b);
+        let scales = weight.scales(group, b);
         let mut dots = [[0.0f32; GROUP]; ROWS];
         for (s, step) in steps.iter().enumerate() {
             let first = b * weight.block + s * (32 / BITS);
@@ -111,7 +99,7 @@ fn group_rows<const BITS: usize, const ROWS: usize, const FUSED: bool>(
         }
         for r in 0..ROWS {
             for l in 0..GROUP {
-                sums[r][l] = add_product::<FUSED>(dots[r][l], scales[b][l], sums[r][l]);
+                sums[r][l] = add_product::<FUSED>(dots[r][l], scales[l], sums[r][l]);
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::activation::QuantActivations;
-use super::nbits::{GROUP, NBitsWeight, ZeroPoints};
+use super::nbits::{GROUP, NBitsWeight};
 use super::parallel::Columns;
 
 /// Integer products of some groups of features with all rows.
@@ -35,20 +35,15 @@ fn group_dot<const BITS: usize>(
     row: usize,
 ) -> [f32; GROUP] {
     let mut sums = [0.0f32; GROUP];
-    let steps = weight.group_steps(group).as_chunks::<64>().0;
-    let of_group = weight.group_blocks(group);
-    let scales = weight.scales[of_group.clone()].as_chunks::<GROUP>().0;
-    for (b, steps) in steps.chunks_exact(weight.block_steps()).enumerate() {
+    for b in 0..weight.blocks {
         let at = row * acts.blocks + b;
         let values = &acts.values[at * acts.block..(at + 1) * acts.block];
         let centre = acts.centres[at];
-        let mut dots = match &weight.zero_points {
-            ZeroPoints::Bytes(points) => {
-                let points = &points[of_group.start + b * GROUP..][..GROUP];
-                std::array::from_fn(|l| (centre >> (BITS - 1)) * i32::from(points[l]))
-            }
-            _ => [centre; GROUP],
+        let mut dots = match weight.point_bytes(group, b) {
+            Some(points) => std::array::from_fn(|l| (centre >> (BITS - 1)) * i32::from(points[l])),
+            None => [centre; GROUP],
         };
+        let steps = weight.steps(group, b).as_chunks::<64>().0;
         for (step, values) in steps.iter().zip(values.chunks_exact(32 / BITS)) {
             for (dot, bytes) in dots.iter_mut().zip(step.as_chunks::<4>().0) {
                 for j in 0..4 {
@@ -61,8 +56,9 @@ fn group_dot<const BITS: usize>(
                 }
             }
         }
+        let scales = weight.scales(group, b);
         for l in 0..GROUP {
-            sums[l] = (dots[l] as f32).mul_add(scales[b][l] * acts.scales[at], sums[l]);
+            sums[l] = (dots[l] as f32).mul_add(scales[l] * acts.scales[at], sums[l]);
         }
     }
     sums

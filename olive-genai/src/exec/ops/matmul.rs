@@ -123,8 +123,8 @@ pub fn n_bits(ctx: &BuildContext<'_>) -> Result<Box<dyn Op>> {
     if bias.as_ref().is_some_and(|bias| bias.data().len() != shape.n) {
         return Err(ctx.unsupported(format!("the bias does not have {} values", shape.n)));
     }
-    let scales = floats(2)?.into_vec();
-    let weight = NBitsWeight::new(shape, ctx.initializer(1)?.clone(), scales, zero_points)?;
+    let scales = floats(2)?;
+    let weight = NBitsWeight::new(shape, ctx.initializer(1)?.clone(), scales.data(), zero_points)?;
     let quantize_activations = node.int("accuracy_level")?.unwrap_or(0) == 4 && weight.takes_integers();
     let bias = bias.map(Value::F32);
     Ok(Box::new(NBits {

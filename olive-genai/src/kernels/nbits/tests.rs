@@ -27,7 +27,13 @@ fn random_weight(random: &mut Random, shape: NBitsShape, points: Points) -> NBit
     let size = [n, blocks, block * bits / 8];
     let bytes: Vec<u8> = (0..size.iter().product()).map(|_| random.next() as u8).collect();
     let packed = ir::Tensor::inline("w", OnnxType::Uint8, size, bytes).unwrap();
-    let scales = (0..n * blocks).map(|_| random.float() * 0.1).collect();
+    let kind = random.next() % 3;
+    let scale = |_| match (kind, random.float() * 0.1) {
+        (0, scale) => scale,
+        (1, scale) => half::f16::from_f32(scale).to_f32(),
+        (_, scale) => half::bf16::from_f32(scale).to_f32(),
+    };
+    let scales: Vec<f32> = (0..n * blocks).map(scale).collect();
     let zero_points = match points {
         Points::Absent => ZeroPoints::Constant(1 << (bits - 1)),
         Points::Packed => {
@@ -37,7 +43,7 @@ fn random_weight(random: &mut Random, shape: NBitsShape, points: Points) -> NBit
         }
         Points::Floats => ZeroPoints::Floats((0..n * blocks).map(|_| random.float() * 8.0 + 8.0).collect()),
     };
-    NBitsWeight::new(shape, packed, scales, zero_points).unwrap()
+    NBitsWeight::new(shape, packed, &scales, zero_points).unwrap()
 }
 
 /// The definition, in double precision, with activations rounded a block at a time if asked; and the sum of the
@@ -134,7 +140,7 @@ fn sizes_that_do_not_fit_are_errors() {
         block: 32,
     };
     let make = |shape, bytes, scales| {
-        NBitsWeight::new(shape, tensor(bytes), vec![0.0; scales], ZeroPoints::Constant(8))
+        NBitsWeight::new(shape, tensor(bytes), &vec![0.0; scales], ZeroPoints::Constant(8))
     };
     assert!(make(shape, 32, 2).is_ok());
     assert!(make(shape, 31, 2).is_err());

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::activation::QuantActivations;
-use super::super::nbits::{GROUP, NBitsWeight, ZeroPoints};
+use super::super::nbits::{GROUP, NBitsWeight};
 use super::super::parallel::Columns;
 
 /// Steps whose products fit 16 bits together: 4 · 2 · 2 · 15 · 127 < 2^15.
@@ -71,11 +71,10 @@ impl Part<'_> {
             row + ROWS <= acts.rows && steps * 32 == weight.block * BITS,
             "invariant: the tile lies in both matrices"
         );
-        let packed = weight.group_steps(self.group);
-        let of_group = weight.group_blocks(self.group).start + self.half * 8;
         let mut sums = [_mm256_setzero_ps(); ROWS];
         for b in 0..blocks {
             let mut dots: [__m256i; ROWS] = std::array::from_fn(|r| self.first_sum::<BITS>(row + r, b));
+            let packed = weight.steps(self.group, b);
             for s in (0..steps).step_by(STEPS) {
                 let some = s..(s + STEPS).min(steps);
                 if BITS == 4 {
@@ -84,8 +83,10 @@ impl Part<'_> {
                     self.add_bytes(&mut dots, packed, row, b, some);
                 }
             }
-            // SAFETY: there are sixteen scales for every block of a group.
-            let scales = unsafe { _mm256_loadu_ps(weight.scales.as_ptr().add(of_group + b * GROUP)) };
+            let scales = weight.scales(self.group, b);
+            let scales = &scales[self.half * 8..][..8];
+            // SAFETY: `scales` holds eight floats.
+            let scales = unsafe { _mm256_loadu_ps(scales.as_ptr()) };
             for (r, (sum, dot)) in sums.iter_mut().zip(dots).enumerate() {
                 let factor = _mm256_mul_ps(scales, _mm256_set1_ps(acts.scales[(row + r) * blocks + b]));
                 *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), factor, *sum);
@@ -108,17 +109,16 @@ impl Part<'_> {
         let centre = self.acts.centres[row * self.weight.blocks + b];
         let minus_sum = _mm256_set1_epi32(centre >> (BITS - 1));
         let beyond = if BITS == 4 { 0 } else { 128 };
-        match &self.weight.zero_points {
-            ZeroPoints::Bytes(points) => {
-                let at = self.weight.group_blocks(self.group).start + b * GROUP + self.half * 8;
-                let eight = &points[at..at + 8];
+        match self.weight.point_bytes(self.group, b) {
+            Some(points) => {
+                let eight = &points[self.half * 8..][..8];
                 // SAFETY: `eight` holds eight bytes.
                 let eight = unsafe { _mm_loadl_epi64(eight.as_ptr().cast()) };
                 let points = _mm256_sub_epi32(_mm256_cvtepu8_epi32(eight), _mm256_set1_epi32(beyond));
                 _mm256_mullo_epi32(points, minus_sum)
             }
-            _ if BITS == 4 => _mm256_set1_epi32(centre),
-            _ => _mm256_setzero_si256(),
+            None if BITS == 4 => _mm256_set1_epi32(centre),
+            None => _mm256_setzero_si256(),
         }
     }
 
@@ -158,7 +158,7 @@ impl Part<'_> {
         let nibble = _mm256_set1_epi8(15);
         let mut narrow = [_mm256_setzero_si256(); ROWS];
         for s in steps {
-            let bytes = self.bytes(packed, b * self.weight.block_steps() + s);
+            let bytes = self.bytes(packed, s);
             let low = _mm256_and_si256(bytes, nibble);
             let high = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), nibble);
             for (r, sum) in narrow.iter_mut().enumerate() {
@@ -185,7 +185,7 @@ impl Part<'_> {
         steps: Range<usize>,
     ) {
         for s in steps {
-            let bytes = self.bytes(packed, b * self.weight.block_steps() + s);
+            let bytes = self.bytes(packed, s);
             let signed = _mm256_xor_si256(bytes, _mm256_set1_epi8(-128));
             let sizes = _mm256_abs_epi8(signed);
             for (r, dot) in dots.iter_mut().enumerate() {

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::activation::QuantActivations;
-use super::super::nbits::{GROUP, NBitsWeight, ZeroPoints};
+use super::super::nbits::{GROUP, NBitsWeight, Points, Scales, TILE};
 use super::super::parallel::Columns;
 
 /// Integer products of some groups of features with all rows.
@@ -18,11 +18,11 @@ pub unsafe fn integer_piece(
     acts: &QuantActivations,
     out: &mut Columns<'_>,
 ) {
-    match (weight.bits, &weight.zero_points) {
-        (4, ZeroPoints::Bytes(points)) => piece::<4, true>(weight, groups, points, acts, out),
-        (4, _) => piece::<4, false>(weight, groups, &[], acts, out),
-        (_, ZeroPoints::Bytes(points)) => piece::<8, true>(weight, groups, points, acts, out),
-        _ => piece::<8, false>(weight, groups, &[], acts, out),
+    match (weight.bits, weight.layout.points) {
+        (4, Points::Bytes) => piece::<4, true>(weight, groups, acts, out),
+        (4, _) => piece::<4, false>(weight, groups, acts, out),
+        (_, Points::Bytes) => piece::<8, true>(weight, groups, acts, out),
+        _ => piece::<8, false>(weight, groups, acts, out),
     }
 }
 
@@ -32,7 +32,6 @@ pub unsafe fn integer_piece(
 fn piece<const BITS: usize, const POINTS: bool>(
     weight: &NBitsWeight,
     groups: Range<usize>,
-    points: &[u8],
     acts: &QuantActivations,
     out: &mut Columns<'_>,
 ) {
@@ -47,7 +46,6 @@ fn piece<const BITS: usize, const POINTS: bool>(
         };
         let part = Part {
             weight,
-            points,
             acts,
             group,
             first,
@@ -73,7 +71,6 @@ fn piece<const BITS: usize, const POINTS: bool>(
 /// Groups from `group` on; `first` is the group of the output's first column.
 struct Part<'a> {
     weight: &'a NBitsWeight,
-    points: &'a [u8],
     acts: &'a QuantActivations,
     group: usize,
     first: usize,
@@ -91,14 +88,32 @@ impl Part<'_> {
         let (weight, acts) = (self.weight, self.acts);
         let (blocks, block, steps) = (weight.blocks, weight.block, weight.block_steps());
         let nibble = _mm512_set1_epi8(15);
+        let (layout, place) = (&weight.layout, self.group % TILE);
         assert!(
-            self.group + GROUPS <= weight.groups() && row + ROWS <= acts.rows && steps * 32 == block * BITS,
+            place + GROUPS <= TILE
+                && self.group + GROUPS <= weight.groups()
+                && row + ROWS <= acts.rows
+                && steps * 32 == block * BITS,
             "invariant: the tile lies in both matrices"
         );
-        let packed: [&[u8]; GROUPS] = std::array::from_fn(|g| weight.group_steps(self.group + g));
-        let of_group: [usize; GROUPS] = std::array::from_fn(|g| weight.group_blocks(self.group + g).start);
+        let tile = (self.group / TILE) * blocks * layout.size;
+        assert!(
+            tile + blocks * layout.size <= weight.data.len() && layout.steps == steps * 64,
+            "invariant: the tile is in memory"
+        );
+        // SAFETY: as asserted.
+        let tile = unsafe { weight.data.as_ptr().add(tile) };
         let mut sums = [[_mm512_setzero_ps(); GROUPS]; ROWS];
         for b in 0..blocks {
+            // SAFETY: the tile has a unit for every block; in it are steps, scales and points of four groups.
+            let (packed, scales, points) = unsafe {
+                let unit = tile.add(b * layout.size);
+                (
+                    unit.add(place * layout.steps),
+                    unit.add(layout.scales_at + place * GROUP * layout.scales.bytes()),
+                    unit.add(layout.points_at + place * GROUP),
+                )
+            };
             let mut dots = [[_mm512_setzero_si512(); GROUPS]; ROWS];
             for (r, dots) in dots.iter_mut().enumerate() {
                 // SAFETY: `centres` holds a value for every row and block.
@@ -106,9 +121,7 @@ impl Part<'_> {
                 for (g, dot) in dots.iter_mut().enumerate() {
                     *dot = if POINTS {
                         // SAFETY: there are sixteen points for every block of a group.
-                        let points = unsafe {
-                            _mm_loadu_si128(self.points.as_ptr().add(of_group[g] + b * GROUP).cast())
-                        };
+                        let points = unsafe { _mm_loadu_si128(points.add(g * GROUP).cast()) };
                         _mm512_mullo_epi32(
                             _mm512_cvtepu8_epi32(points),
                             _mm512_set1_epi32(centre >> (BITS - 1)),
@@ -121,7 +134,7 @@ impl Part<'_> {
             for s in 0..steps {
                 // SAFETY: a group has 64 bytes for every step of every block.
                 let bytes: [__m512i; GROUPS] = std::array::from_fn(|g| unsafe {
-                    _mm512_loadu_si512(packed[g].as_ptr().add((b * steps + s) * 64).cast())
+                    _mm512_loadu_si512(packed.add((g * steps + s) * 64).cast())
                 });
                 let quad = |r: usize, half: usize| {
                     let at = ((row + r) * blocks + b) * block + s * (32 / BITS) + half * 4;
@@ -155,9 +168,8 @@ impl Part<'_> {
                 }
             }
             // SAFETY: there are sixteen scales for every block of a group.
-            let scales: [__m512; GROUPS] = std::array::from_fn(|g| unsafe {
-                _mm512_loadu_ps(weight.scales.as_ptr().add(of_group[g] + b * GROUP))
-            });
+            let scales: [__m512; GROUPS] =
+                std::array::from_fn(|g| unsafe { load_scales(layout.scales, scales, g) });
             for (r, (sums, dots)) in sums.iter_mut().zip(dots).enumerate() {
                 // SAFETY: `scales` holds a value for every row and block.
                 let scale = _mm512_set1_ps(unsafe { *acts.scales.get_unchecked((row + r) * blocks + b) });
@@ -177,5 +189,25 @@ impl Part<'_> {
             }
         }
         ROWS
+    }
+}
+
+/// The scales of the `g`-th group from `start` on.
+///
+/// # Safety
+/// They are in memory.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+#[inline]
+unsafe fn load_scales(kind: Scales, start: *const u8, g: usize) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match kind {
+            Scales::F32 => _mm512_loadu_ps(start.cast::<f32>().add(g * GROUP)),
+            Scales::F16 => _mm512_cvtph_ps(_mm256_loadu_si256(start.add(g * GROUP * 2).cast())),
+            Scales::Bf16 => {
+                let halves = _mm256_loadu_si256(start.add(g * GROUP * 2).cast());
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+            }
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! virtual machine takes as long as the reading; so large buffers ask the system for pages of 2 MiB.
 
 use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::Pod;
@@ -17,23 +18,36 @@ const LARGE: usize = 1 << 20;
 const CHUNK: usize = 32 << 20;
 
 /// Values whose first one lies at the start of a cache line, so that no vector load of them crosses one.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Aligned<T> {
-    values: Values<T>,
-    start: usize,
+    /// The first value, in `memory`.
+    start: NonNull<T>,
     len: usize,
+    /// Values that there is room for.
+    room: usize,
+    _memory: Memory<T>,
 }
 
 #[derive(Debug)]
-enum Values<T> {
-    Owned(Vec<T>),
-    Map(MmapMut),
-    Shared(Arc<Chunk>),
+enum Memory<T> {
+    Owned { _values: Vec<T> },
+    Map { _map: MmapMut },
+    Shared { _chunk: Arc<Chunk> },
 }
 
-impl<T> Default for Values<T> {
+// SAFETY: the pointer is to memory that only this buffer uses, under the borrow of the buffer.
+unsafe impl<T: Send> Send for Aligned<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Aligned<T> {}
+
+impl<T> Default for Aligned<T> {
     fn default() -> Self {
-        Self::Owned(Vec::new())
+        Self {
+            start: NonNull::dangling(),
+            len: 0,
+            room: 0,
+            _memory: Memory::Owned { _values: Vec::new() },
+        }
     }
 }
 
@@ -67,22 +81,25 @@ impl<T: Pod> Aligned<T> {
     pub fn new(len: usize) -> Self {
         let bytes = len * size_of::<T>();
         if bytes >= LARGE
-            && let Some(map) = map(bytes)
+            && let Some(mut map) = map(bytes)
+            && let Some(start) = NonNull::new(map.as_mut_ptr().cast::<T>())
         {
             return Self {
-                values: Values::Map(map),
-                start: 0,
+                start,
                 len,
+                room: len,
+                _memory: Memory::Map { _map: map },
             };
         }
         let spare = LINE / size_of::<T>().max(1);
-        let values = vec![T::zeroed(); len + spare];
+        let mut values = vec![T::zeroed(); len + spare];
         // Not being aligned only costs time.
-        let start = values.as_ptr().align_offset(LINE).min(spare);
+        let offset = values.as_ptr().align_offset(LINE).min(spare);
         Self {
-            values: Values::Owned(values),
-            start,
+            start: NonNull::from(&mut values[offset..]).cast(),
             len,
+            room: len + spare - offset,
+            _memory: Memory::Owned { _values: values },
         }
     }
 
@@ -105,23 +122,23 @@ impl<T: Pod> Aligned<T> {
         let Some((chunk, taken)) = &mut *open else {
             return Self::new(len);
         };
-        let this = Self {
-            values: Values::Shared(chunk.clone()),
-            start: *taken / size_of::<T>(),
-            len,
+        // SAFETY: `taken` bytes and as many as are asked for lie in the chunk, whose start is not null.
+        let start = unsafe { NonNull::new_unchecked(chunk.start.add(*taken).cast::<T>()) };
+        let memory = Memory::Shared {
+            _chunk: chunk.clone(),
         };
         *taken += bytes;
-        this
+        Self {
+            start,
+            len,
+            room: len,
+            _memory: memory,
+        }
     }
 
     /// Makes it `len` values long; what they are is not defined. The buffer is kept where it is large enough.
     pub fn resize(&mut self, len: usize) {
-        let room = match &self.values {
-            Values::Owned(values) => values.len() - self.start,
-            Values::Map(map) => map.len() / size_of::<T>(),
-            Values::Shared(_) => self.len,
-        };
-        if len <= room {
+        if len <= self.room {
             self.len = len;
         } else {
             *self = Self::new(len);
@@ -132,30 +149,19 @@ impl<T: Pod> Aligned<T> {
 impl<T: Pod> Deref for Aligned<T> {
     type Target = [T];
 
+    #[inline(always)]
     fn deref(&self) -> &[T] {
-        match &self.values {
-            Values::Owned(values) => &values[self.start..self.start + self.len],
-            Values::Map(map) => &bytemuck::cast_slice(&map[..self.len * size_of::<T>()])[..self.len],
-            // SAFETY: the part lies in the chunk, starts at a cache line, was zeroed, and is of this buffer alone.
-            Values::Shared(chunk) => unsafe {
-                std::slice::from_raw_parts(chunk.start.cast::<T>().add(self.start), self.len)
-            },
-        }
+        // SAFETY: there is room for `len` values from `start` on in memory that is of this buffer alone and was zeroed
+        // when it was made; any bytes are a `T`.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
 
 impl<T: Pod> DerefMut for Aligned<T> {
+    #[inline(always)]
     fn deref_mut(&mut self) -> &mut [T] {
-        match &mut self.values {
-            Values::Owned(values) => &mut values[self.start..self.start + self.len],
-            Values::Map(map) => {
-                &mut bytemuck::cast_slice_mut(&mut map[..self.len * size_of::<T>()])[..self.len]
-            }
-            // SAFETY: as in `deref`; the buffer is borrowed exclusively.
-            Values::Shared(chunk) => unsafe {
-                std::slice::from_raw_parts_mut(chunk.start.cast::<T>().add(self.start), self.len)
-            },
-        }
+        // SAFETY: as in `deref`; the buffer is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 

@@ -7,6 +7,9 @@ use super::super::activation::QuantActivations;
 use super::super::nbits::{GROUP, NBitsWeight, Points, Scales, TILE};
 use super::super::parallel::Columns;
 
+/// How far ahead of the sums memory is asked for, in bytes: the processor does so by itself only up to the end of a page.
+const AHEAD: usize = 8192;
+
 /// Integer products of some groups of features with all rows.
 ///
 /// # Safety
@@ -40,7 +43,7 @@ fn piece<const BITS: usize, const POINTS: bool>(
     while group < end {
         let left = end - group;
         let step = match (left, acts.rows) {
-            (4.., 1) => 4,
+            (_, 1) => left.min(TILE),
             (2.., _) => 2,
             _ => 1,
         };
@@ -54,14 +57,12 @@ fn piece<const BITS: usize, const POINTS: bool>(
         while row < acts.rows {
             let rows = acts.rows - row;
             row += match (step, rows) {
-                (4, _) => part.tile::<BITS, POINTS, 4, 1>(row, out),
+                (_, 1) => part.line::<BITS, POINTS>(row, step, out),
                 (2, 6..) => part.tile::<BITS, POINTS, 2, 6>(row, out),
                 (2, 4..) => part.tile::<BITS, POINTS, 2, 4>(row, out),
-                (2, 2..) => part.tile::<BITS, POINTS, 2, 2>(row, out),
-                (2, _) => part.tile::<BITS, POINTS, 2, 1>(row, out),
+                (2, _) => part.tile::<BITS, POINTS, 2, 2>(row, out),
                 (_, 6..) => part.tile::<BITS, POINTS, 1, 6>(row, out),
-                (_, 2..) => part.tile::<BITS, POINTS, 1, 2>(row, out),
-                _ => part.tile::<BITS, POINTS, 1, 1>(row, out),
+                _ => part.tile::<BITS, POINTS, 1, 2>(row, out),
             };
         }
         group += step;
@@ -77,6 +78,95 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
+    /// `groups` groups, up to four, with row `row`, in the order in which they lie in memory; gives 1.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    fn line<const BITS: usize, const POINTS: bool>(
+        &self,
+        row: usize,
+        groups: usize,
+        out: &mut Columns<'_>,
+    ) -> usize {
+        let (weight, acts, layout) = (self.weight, self.acts, &self.weight.layout);
+        let (blocks, block, steps) = (weight.blocks, weight.block, weight.block_steps());
+        let nibble = _mm512_set1_epi8(15);
+        let place = self.group % TILE;
+        let tile = (self.group / TILE) * blocks * layout.size;
+        assert!(
+            place + groups <= TILE && row < acts.rows,
+            "invariant: the tile lies in both matrices"
+        );
+        assert!(
+            tile + blocks * layout.size <= weight.data.len()
+                && layout.steps == steps * 64
+                && steps * 32 == block * BITS,
+            "invariant: the tile is in memory"
+        );
+        let (all_values, centres, all_scales) = (acts.values.as_ptr(), &acts.centres[..], &acts.scales[..]);
+        let data = weight.data.as_ptr();
+        let mut sums = [_mm512_setzero_ps(); TILE];
+        for b in 0..blocks {
+            // SAFETY: the tile has a unit for every block; in it are steps, scales and points of four groups. Reading
+            // ahead of what there is does nothing. There are values, a scale and a centre for every row and block.
+            unsafe {
+                let unit = data.add(tile + b * layout.size);
+                for line in (0..layout.size).step_by(64) {
+                    _mm_prefetch::<_MM_HINT_T0>(unit.wrapping_add(AHEAD + line).cast());
+                }
+                let at = row * blocks + b;
+                let values = all_values.add(at * block);
+                let centre = *centres.get_unchecked(at);
+                let scale = _mm512_set1_ps(*all_scales.get_unchecked(at));
+                let scales = unit.add(layout.scales_at + place * GROUP * layout.scales.bytes());
+                let points = unit.add(layout.points_at + place * GROUP);
+                for (g, sum) in sums.iter_mut().enumerate().take(groups) {
+                    let mut dot = if POINTS {
+                        let points = _mm_loadu_si128(points.add(g * GROUP).cast());
+                        _mm512_mullo_epi32(
+                            _mm512_cvtepu8_epi32(points),
+                            _mm512_set1_epi32(centre >> (BITS - 1)),
+                        )
+                    } else {
+                        _mm512_set1_epi32(centre)
+                    };
+                    let mut other = _mm512_setzero_si512();
+                    let packed = unit.add((place + g) * layout.steps);
+                    for s in 0..steps {
+                        let bytes = _mm512_loadu_si512(packed.add(s * 64).cast());
+                        let quad =
+                            |at: usize| _mm512_set1_epi32(values.add(at).cast::<i32>().read_unaligned());
+                        if BITS == 4 {
+                            let low = _mm512_and_si512(bytes, nibble);
+                            dot = _mm512_dpbusd_epi32(dot, low, quad(s * 8));
+                            let high = _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), nibble);
+                            other = _mm512_dpbusd_epi32(other, high, quad(s * 8 + 4));
+                        } else {
+                            dot = _mm512_dpbusd_epi32(dot, bytes, quad(s * 4));
+                        }
+                    }
+                    let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(dot, other));
+                    let factor = _mm512_mul_ps(load_scales(layout.scales, scales, g), scale);
+                    *sum = _mm512_fmadd_ps(dot, factor, *sum);
+                }
+            }
+        }
+        for (g, sum) in sums.iter().enumerate().take(groups) {
+            self.put(row, g, *sum, out);
+        }
+        1
+    }
+
+    /// Writes the results of the `g`-th group.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    #[inline]
+    fn put(&self, row: usize, g: usize, sum: __m512, out: &mut Columns<'_>) {
+        let start = (self.group + g - self.first) * GROUP;
+        let columns = out.row(row, start..(start + GROUP).min(out.width()));
+        let mask = ((1u32 << columns.len()) - 1) as u16;
+        // SAFETY: `mask` selects as many floats as the slice has.
+        unsafe { _mm512_mask_storeu_ps(columns.as_mut_ptr(), mask, sum) };
+    }
+
     /// `GROUPS` groups with `ROWS` rows from `row` on; gives `ROWS`.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     #[inline]
@@ -103,6 +193,7 @@ impl Part<'_> {
         );
         // SAFETY: as asserted.
         let tile = unsafe { weight.data.as_ptr().add(tile) };
+        let (values, centres, act_scales) = (acts.values.as_ptr(), &acts.centres[..], &acts.scales[..]);
         let mut sums = [[_mm512_setzero_ps(); GROUPS]; ROWS];
         for b in 0..blocks {
             // SAFETY: the tile has a unit for every block; in it are steps, scales and points of four groups.
@@ -117,7 +208,7 @@ impl Part<'_> {
             let mut dots = [[_mm512_setzero_si512(); GROUPS]; ROWS];
             for (r, dots) in dots.iter_mut().enumerate() {
                 // SAFETY: `centres` holds a value for every row and block.
-                let centre = unsafe { *acts.centres.get_unchecked((row + r) * blocks + b) };
+                let centre = unsafe { *centres.get_unchecked((row + r) * blocks + b) };
                 for (g, dot) in dots.iter_mut().enumerate() {
                     *dot = if POINTS {
                         // SAFETY: there are sixteen points for every block of a group.
@@ -140,7 +231,7 @@ impl Part<'_> {
                     let at = ((row + r) * blocks + b) * block + s * (32 / BITS) + half * 4;
                     // SAFETY: `values` holds `blocks · block` values for every row; a step of 4-bit weights goes with
                     // eight of them, one of 8-bit weights with four.
-                    let four = unsafe { acts.values.as_ptr().add(at).cast::<i32>().read_unaligned() };
+                    let four = unsafe { values.add(at).cast::<i32>().read_unaligned() };
                     _mm512_set1_epi32(four)
                 };
                 if BITS == 4 {
@@ -172,7 +263,7 @@ impl Part<'_> {
                 std::array::from_fn(|g| unsafe { load_scales(layout.scales, scales, g) });
             for (r, (sums, dots)) in sums.iter_mut().zip(dots).enumerate() {
                 // SAFETY: `scales` holds a value for every row and block.
-                let scale = _mm512_set1_ps(unsafe { *acts.scales.get_unchecked((row + r) * blocks + b) });
+                let scale = _mm512_set1_ps(unsafe { *act_scales.get_unchecked((row + r) * blocks + b) });
                 for g in 0..GROUPS {
                     let factor = _mm512_mul_ps(scales[g], scale);
                     sums[g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[g]), factor, sums[g]);
@@ -181,11 +272,7 @@ impl Part<'_> {
         }
         for (r, sums) in sums.iter().enumerate() {
             for (g, sum) in sums.iter().enumerate() {
-                let start = (self.group + g - self.first) * GROUP;
-                let columns = out.row(row + r, start..(start + GROUP).min(out.width()));
-                let mask = ((1u32 << columns.len()) - 1) as u16;
-                // SAFETY: `mask` selects as many floats as the slice has.
-                unsafe { _mm512_mask_storeu_ps(columns.as_mut_ptr(), mask, *sum) };
+                self.put(row + r, g, *sum, out);
             }
         }
         ROWS

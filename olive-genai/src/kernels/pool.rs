@@ -14,22 +14,51 @@ use std::time::{Duration, Instant};
 const AWAKE: Duration = Duration::from_micros(300);
 /// Looks at the job between looks at the clock.
 const LOOKS: u32 = 128;
-/// The lower half of the ticket counts pieces, the upper half loops.
-const PIECES: u64 = u32::MAX as u64;
+/// Pieces of a loop, at most; several are done as one where there are more.
+const PIECES: usize = u16::MAX as usize;
 
 type Piece<'a> = dyn Fn(usize) + Sync + 'a;
 
-/// What all threads see. A ticket `(loop, next piece)` is taken by compare-and-swap, so a thread that read the job of
-/// an older loop cannot take a piece of a newer one.
+/// What all threads see.
+///
+/// Every thread has a range of neighbouring pieces, which it does in order, so that it reads one sequence of memory;
+/// who is done takes the last pieces of others. A [`Range`] is changed by compare-and-swap and holds the loop's number,
+/// so a thread that read the body of an older loop cannot take a piece of a newer one.
 struct Shared {
-    ticket: AtomicU64,
-    pieces: AtomicUsize,
+    ranges: Vec<Line<AtomicU64>>,
     /// The loop's body: a pointer to a `&Piece` of the caller's stack.
     body: AtomicPtr<&'static Piece<'static>>,
-    open: AtomicUsize,
+    open: Line<AtomicUsize>,
     panicked: AtomicBool,
     stop: AtomicBool,
     sleeping: Vec<AtomicBool>,
+}
+
+/// Something that shares its cache lines with nothing else.
+#[repr(align(128))]
+#[derive(Default)]
+struct Line<T>(T);
+
+/// Pieces that nobody has taken yet: the number of the loop, the first piece, the one behind the last.
+#[derive(Clone, Copy)]
+struct Range {
+    turn: u32,
+    first: u16,
+    end: u16,
+}
+
+impl Range {
+    const fn to_bits(self) -> u64 {
+        (self.turn as u64) << 32 | (self.first as u64) << 16 | self.end as u64
+    }
+
+    const fn from_bits(bits: u64) -> Self {
+        Self {
+            turn: (bits >> 32) as u32,
+            first: (bits >> 16) as u16,
+            end: bits as u16,
+        }
+    }
 }
 
 /// A number of threads, the caller's included. Work is cut by its size alone, never by their number.
@@ -54,10 +83,9 @@ impl Pool {
     pub fn new(threads: usize) -> std::io::Result<Arc<Self>> {
         let others = threads.saturating_sub(1);
         let shared = Arc::new(Shared {
-            ticket: AtomicU64::new(PIECES),
-            pieces: AtomicUsize::new(0),
+            ranges: (0..=others).map(|_| Line::default()).collect(),
             body: AtomicPtr::new(std::ptr::null_mut()),
-            open: AtomicUsize::new(0),
+            open: Line::default(),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             sleeping: (0..others).map(|_| AtomicBool::new(false)).collect(),
@@ -71,7 +99,7 @@ impl Pool {
         for i in 0..others {
             let shared = pool.shared.clone();
             let builder = thread::Builder::new().name(format!("olive-{}", i + 1));
-            let handle = builder.spawn(move || work(&shared, i))?;
+            let handle = builder.spawn(move || work(&shared, i + 1))?;
             pool.threads.push(handle.thread().clone());
             pool.handles.push(handle);
         }
@@ -100,8 +128,13 @@ impl Pool {
     /// Calls `body` with every number below `pieces`, on all threads.
     fn run(&self, pieces: usize, body: &Piece<'_>) {
         let alone = || (0..pieces).for_each(body);
-        if self.threads.is_empty() || pieces < 2 || pieces as u64 >= PIECES || BUSY.with(Cell::get) {
+        if self.threads.is_empty() || pieces < 2 || BUSY.with(Cell::get) {
             return alone();
+        }
+        if pieces > PIECES {
+            let some = pieces.div_ceil(PIECES);
+            let body = |i: usize| (i * some..((i + 1) * some).min(pieces)).for_each(body);
+            return self.run(pieces.div_ceil(some), &body);
         }
         let Ok(_turn) = self.turn.try_lock() else {
             return alone();
@@ -111,21 +144,27 @@ impl Pool {
         // no thread touches the body without having taken a piece.
         let body: &'static Piece<'static> = unsafe { std::mem::transmute::<&Piece<'_>, _>(body) };
         let place = &raw const body;
-        let loops = (shared.ticket.load(Ordering::Relaxed) >> 32) + 2;
-        // Closed while the fields change: who sees one of them changed cannot take a ticket of the last loop any more.
-        shared.ticket.store((loops - 1) << 32 | PIECES, Ordering::SeqCst);
-        shared.pieces.store(pieces, Ordering::Release);
+        // All ranges are empty since the end of the last loop: nobody takes a piece while the fields change.
         shared.body.store(place.cast_mut(), Ordering::Release);
-        shared.open.store(pieces, Ordering::Release);
-        shared.ticket.store(loops << 32, Ordering::SeqCst);
+        shared.open.0.store(pieces, Ordering::Release);
+        let turn = Range::from_bits(shared.ranges[0].0.load(Ordering::Relaxed)).turn;
+        let count = shared.ranges.len();
+        for (i, range) in shared.ranges.iter().enumerate() {
+            let range_of = Range {
+                turn: turn.wrapping_add(1),
+                first: (pieces * i / count) as u16,
+                end: (pieces * (i + 1) / count) as u16,
+            };
+            range.0.store(range_of.to_bits(), Ordering::SeqCst);
+        }
         for (thread, sleeping) in self.threads.iter().zip(&shared.sleeping) {
             if sleeping.load(Ordering::SeqCst) {
                 thread.unpark();
             }
         }
-        shared.take_pieces();
+        shared.take_pieces(0);
         let mut looks = 0u32;
-        while shared.open.load(Ordering::Acquire) > 0 {
+        while shared.open.0.load(Ordering::Acquire) > 0 {
             looks += 1;
             if looks < 1 << 14 {
                 std::hint::spin_loop();
@@ -153,46 +192,61 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    /// Does pieces of the loop that is open until none is left.
-    fn take_pieces(&self) {
-        loop {
-            let ticket = self.ticket.load(Ordering::SeqCst);
-            let piece = (ticket & PIECES) as usize;
-            let pieces = self.pieces.load(Ordering::Acquire);
-            let body = self.body.load(Ordering::Acquire);
-            if piece >= pieces {
-                return;
-            }
-            let taken = self
-                .ticket
-                .compare_exchange(ticket, ticket + 1, Ordering::SeqCst, Ordering::Relaxed);
-            if taken.is_err() {
-                continue;
-            }
-            BUSY.with(|busy| busy.set(true));
-            // SAFETY: the exchange succeeded, so the loop that `piece` belongs to is still open and `body` is its body:
-            // a newer loop would have changed the ticket. Its caller waits for this piece.
-            let result = catch_unwind(AssertUnwindSafe(|| unsafe { (*body)(piece) }));
-            BUSY.with(|busy| busy.set(false));
-            if result.is_err() {
-                self.panicked.store(true, Ordering::Relaxed);
-            }
-            self.open.fetch_sub(1, Ordering::Release);
+    /// Does pieces of the loop that is open until none is left: those of thread `index`, then those of others.
+    fn take_pieces(&self, index: usize) {
+        let count = self.ranges.len();
+        for i in 0..count {
+            let range = &self.ranges[(index + i) % count].0;
+            while self.take_piece(range, i == 0) {}
         }
     }
 
+    /// Does the first piece of a range, or the last one; `false` if there is none.
+    fn take_piece(&self, range: &AtomicU64, from_front: bool) -> bool {
+        let bits = range.load(Ordering::SeqCst);
+        let mut left = Range::from_bits(bits);
+        if left.first >= left.end {
+            return false;
+        }
+        let body = self.body.load(Ordering::Acquire);
+        let piece = if from_front {
+            left.first += 1;
+            left.first - 1
+        } else {
+            left.end -= 1;
+            left.end
+        };
+        let taken = range.compare_exchange(bits, left.to_bits(), Ordering::SeqCst, Ordering::Relaxed);
+        if taken.is_err() {
+            return true;
+        }
+        BUSY.with(|busy| busy.set(true));
+        // SAFETY: the exchange succeeded, so the loop that `piece` belongs to is still open and `body` is its body: a
+        // newer loop would have changed the range. Its caller waits for this piece.
+        let result = catch_unwind(AssertUnwindSafe(|| unsafe { (*body)(usize::from(piece)) }));
+        BUSY.with(|busy| busy.set(false));
+        if result.is_err() {
+            self.panicked.store(true, Ordering::Relaxed);
+        }
+        self.open.0.fetch_sub(1, Ordering::Release);
+        true
+    }
+
     fn has_piece(&self) -> bool {
-        let ticket = self.ticket.load(Ordering::SeqCst);
-        ((ticket & PIECES) as usize) < self.pieces.load(Ordering::Acquire)
+        self.ranges.iter().any(|range| {
+            let range = Range::from_bits(range.0.load(Ordering::SeqCst));
+            range.first < range.end
+        })
     }
 }
 
+/// What thread `index` does; 0 is whoever calls [`Pool::run`].
 fn work(shared: &Shared, index: usize) {
     let mut since = Instant::now();
     let mut looks = 0;
     while !shared.stop.load(Ordering::Relaxed) {
         if shared.has_piece() {
-            shared.take_pieces();
+            shared.take_pieces(index);
             (since, looks) = (Instant::now(), 0);
             continue;
         }
@@ -205,12 +259,12 @@ fn work(shared: &Shared, index: usize) {
         if since.elapsed() < AWAKE {
             continue;
         }
-        shared.sleeping[index].store(true, Ordering::SeqCst);
+        shared.sleeping[index - 1].store(true, Ordering::SeqCst);
         // A loop that was opened before the flag was up did not wake this thread.
         if !shared.has_piece() && !shared.stop.load(Ordering::SeqCst) {
             thread::park();
         }
-        shared.sleeping[index].store(false, Ordering::SeqCst);
+        shared.sleeping[index - 1].store(false, Ordering::SeqCst);
         since = Instant::now();
     }
 }
@@ -261,7 +315,7 @@ mod tests {
             let pool = Pool::new(threads).unwrap();
             pool.install(|| {
                 for round in 0..2000 {
-                    let pieces = round % 17;
+                    let pieces = if round == 7 { 2 * PIECES + 5 } else { round % 17 };
                     let done: Vec<AtomicUsize> = (0..pieces).map(|_| AtomicUsize::new(0)).collect();
                     for_each(pieces, |i| {
                         done[i].fetch_add(1, Ordering::Relaxed);

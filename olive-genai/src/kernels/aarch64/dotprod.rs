@@ -5,7 +5,7 @@ use std::arch::asm;
 use std::ops::Range;
 
 use super::super::activation::QuantActivations;
-use super::super::nbits::{NBitsWeight, ZeroPoints};
+use super::super::nbits::{NBitsWeight, Points};
 use super::super::parallel::Columns;
 use super::part::Part;
 
@@ -21,10 +21,10 @@ pub unsafe fn integer_piece(
     acts: &QuantActivations,
     out: &mut Columns<'_>,
 ) {
-    match (weight.bits, &weight.zero_points) {
-        (4, ZeroPoints::Bytes(_)) => piece::<4, true>(weight, groups, acts, out),
+    match (weight.bits, weight.layout.points) {
+        (4, Points::Bytes) => piece::<4, true>(weight, groups, acts, out),
         (4, _) => piece::<4, false>(weight, groups, acts, out),
-        (_, ZeroPoints::Bytes(_)) => piece::<8, true>(weight, groups, acts, out),
+        (_, Points::Bytes) => piece::<8, true>(weight, groups, acts, out),
         _ => piece::<8, false>(weight, groups, acts, out),
     }
 }

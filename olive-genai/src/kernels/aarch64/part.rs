@@ -2,10 +2,11 @@
 //! A vector is a quarter of a group: four features.
 
 use std::arch::aarch64::*;
+use std::arch::asm;
 use std::marker::PhantomData;
 
 use super::super::activation::QuantActivations;
-use super::super::nbits::{GROUP, NBitsWeight, ZeroPoints};
+use super::super::nbits::{GROUP, NBitsWeight, Scales, TILE};
 use super::super::parallel::Columns;
 
 /// Features of a vector.
@@ -39,19 +40,26 @@ impl<'a> Part<'a> {
                 && steps * 32 == block * bits,
             "invariant: the tile lies in both matrices"
         );
-        let group = |g: usize| self.group + g.min(groups - 1);
-        let place = |g| group(g) * blocks * GROUP + self.quarter * LANES;
-        let points: &[u8] = match &weight.zero_points {
-            ZeroPoints::Bytes(points) => points,
-            _ => &[],
-        };
-        let (packed, scales, values) = (&weight.packed[..], &weight.scales[..], &acts.values[..]);
+        let layout = &weight.layout;
+        let place = self.group % TILE;
+        assert!(
+            place + groups <= TILE && layout.steps == steps * 64,
+            "invariant: the groups are of one tile"
+        );
+        let tile = &weight.data[self.group / TILE * blocks * layout.size..][..blocks * layout.size];
+        let place = |g: usize| place + g.min(groups - 1);
+        let scale = layout.scales.bytes();
+        // Where the tile has no block, pointers may be to nothing: they are not read.
+        let at = |offset: usize| tile.as_ptr().wrapping_add(offset);
+        let lane = |g: usize| place(g) * GROUP + self.quarter * LANES;
+        let values = &acts.values[..];
         Operands {
-            bytes: std::array::from_fn(|g| {
-                packed[group(g) * blocks * steps * 64 + self.quarter * 16..].as_ptr()
-            }),
-            scales: std::array::from_fn(|g| scales[place(g)..].as_ptr()),
-            points: std::array::from_fn(|g| points.as_ptr().wrapping_add(place(g))),
+            bytes: std::array::from_fn(|g| at(place(g) * layout.steps + self.quarter * 16)),
+            next: layout.size - layout.steps,
+            scales: std::array::from_fn(|g| at(layout.scales_at + lane(g) * scale)),
+            kind: layout.scales,
+            points: std::array::from_fn(|g| at(layout.points_at + lane(g))),
+            size: layout.size,
             values: std::array::from_fn(|r| values[(row + r) * blocks * block..].as_ptr()),
             factors: acts.scales[row * blocks..].as_ptr(),
             centres: acts.centres[row * blocks..].as_ptr(),
@@ -83,14 +91,20 @@ impl<'a> Part<'a> {
     }
 }
 
-/// What a tile reads next: all of it lies in the order in which it is read.
+/// What a tile reads next, block by block.
 pub struct Operands<'a, const ROWS: usize> {
     /// Packed bytes of each group.
     bytes: [*const u8; GROUPS],
+    /// From the end of a block's packed bytes to those of the next block.
+    next: usize,
     /// Scales of each group.
-    scales: [*const f32; GROUPS],
+    scales: [*const u8; GROUPS],
+    /// How they are stored.
+    kind: Scales,
     /// Zero points of each group, if there are any.
     points: [*const u8; GROUPS],
+    /// Bytes from block to block.
+    size: usize,
     /// Rounded values of each row.
     values: [*const i8; ROWS],
     /// Scales of the first row; those of the next one are `blocks` further.
@@ -184,7 +198,10 @@ impl<const ROWS: usize> Operands<'_, ROWS> {
     ) {
         for v in 0..VECTORS {
             // SAFETY: there are sixteen scales for every block of a group, four for each vector.
-            let scales = unsafe { vld1q_f32(self.scales[v / 4].add(v % 4 * LANES)) };
+            let scales = unsafe {
+                let start = self.scales[v / 4];
+                load_scales(self.kind, start.add(v % 4 * LANES * self.kind.bytes()))
+            };
             for r in 0..ROWS {
                 // SAFETY: there is a value for every row and block.
                 let factor = unsafe { *self.factors.add(r * self.blocks) };
@@ -192,9 +209,44 @@ impl<const ROWS: usize> Operands<'_, ROWS> {
                 sums[r][v] = vfmaq_f32(sums[r][v], vcvtq_f32_s32(dots[r][v]), factors);
             }
         }
-        self.scales = self.scales.map(|scales| scales.wrapping_add(GROUP));
-        self.points = self.points.map(|points| points.wrapping_add(GROUP));
+        self.bytes = self.bytes.map(|bytes| bytes.wrapping_add(self.next));
+        self.scales = self.scales.map(|scales| scales.wrapping_add(self.size));
+        self.points = self.points.map(|points| points.wrapping_add(self.size));
         self.factors = self.factors.wrapping_add(1);
         self.centres = self.centres.wrapping_add(1);
+    }
+}
+
+/// Four scales.
+///
+/// # Safety
+/// They are in memory.
+#[target_feature(enable = "neon")]
+#[inline]
+unsafe fn load_scales(kind: Scales, start: *const u8) -> float32x4_t {
+    // SAFETY: the caller's promise.
+    match kind {
+        Scales::F32 => unsafe { vld1q_f32(start.cast()) },
+        Scales::Bf16 => {
+            // SAFETY: as above.
+            let halves = unsafe { vld1_u16(start.cast()) };
+            vreinterpretq_f32_u32(vshlq_n_u32::<16>(vmovl_u16(halves)))
+        }
+        Scales::F16 => {
+            // SAFETY: as above.
+            let halves = unsafe { vld1_u16(start.cast()) };
+            let out: float32x4_t;
+            // SAFETY: the instruction only reads and writes these registers, and every processor with NEON has it. It
+            // stands for `vcvt_f32_f16`, which is not stable.
+            unsafe {
+                asm!(
+                    "fcvtl {out:v}.4s, {halves:v}.4h",
+                    out = out(vreg) out,
+                    halves = in(vreg) halves,
+                    options(pure, nomem, nostack, preserves_flags),
+                );
+            }
+            out
+        }
     }
 }

@@ -11,7 +11,7 @@
 
 use std::time::Instant;
 
-use olive_genai::{Adapters, Generator, GeneratorParams, Model, Tokenizer, peak_memory_bytes};
+use olive_genai::{Adapters, Generator, GeneratorParams, Model, peak_memory_bytes};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -94,13 +94,10 @@ fn main() -> Result<(), Failure> {
     let mut out = serde_json::Map::new();
     let mut put = |name: String, value: f64| out.insert(name, value.into());
     let mut model = None;
-    let mut parts = (0.0, 0.0);
+    let mut opened_in = 0.0;
     let (load, cpu) = timed(|| {
-        let start = Instant::now();
-        let opened = Model::open_with_threads(&options.folder, Some(options.threads))?;
-        parts.0 = start.elapsed().as_secs_f64();
-        let tokenizer = Tokenizer::new(&opened)?;
-        parts.1 = start.elapsed().as_secs_f64() - parts.0;
+        let (opened, tokenizer) = Model::open_with_tokenizer(&options.folder, Some(options.threads))?;
+        opened_in = opened.load_seconds();
         let prompt = tokenizer.encode("What is the best thing to see in Chicago?")?;
         let mut generator = generator(&opened, None, prompt.len() + 2)?;
         generator.append_tokens(&prompt)?;
@@ -111,8 +108,7 @@ fn main() -> Result<(), Failure> {
     let model = model.ok_or("no model")?;
     put("load_s".into(), load);
     put("load_cpu_s".into(), cpu);
-    put("load_model_s".into(), parts.0);
-    put("load_tokenizer_s".into(), parts.1);
+    put("load_model_s".into(), opened_in);
     let adapters = match &options.adapter {
         None => None,
         Some(file) => {

@@ -69,7 +69,16 @@ impl Adapters {
                 ));
             };
             check_tensor(input, tensor)?;
-            values.push((index, Value::from_ir(tensor)?));
+            let factor = info
+                .lora_pairs
+                .iter()
+                .any(|(a, b)| *a == tensor.name || *b == tensor.name);
+            let value = Value::from_ir(tensor)?;
+            let value = match factor {
+                true => self.model.install(|| value.with_panels()),
+                false => value,
+            };
+            values.push((index, value));
         }
         for (a, b) in &info.lora_pairs {
             check_pair(a, file.parameter(a), b, file.parameter(b))?;

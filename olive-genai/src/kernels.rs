@@ -14,6 +14,7 @@ mod float_blocks;
 pub mod isa;
 pub mod nbits;
 pub(crate) mod norm;
+pub(crate) mod panels;
 pub(crate) mod parallel;
 pub(crate) mod pool;
 pub(crate) mod rope;

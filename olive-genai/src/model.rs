@@ -10,6 +10,7 @@ use olive_onnx::OnnxFolder;
 use crate::config::GenaiConfig;
 use crate::exec::{Plan, PlanInfo};
 use crate::kernels::pool::{self, Pool};
+use crate::tokenizer::Tokenizer;
 
 /// A model folder (`genai_config.json`, an ONNX graph and its data), compiled and ready to run. Cheap to clone.
 #[derive(Clone)]
@@ -44,6 +45,34 @@ impl Model {
         let start = Instant::now();
         let folder = OnnxFolder::open(path)?;
         let config = GenaiConfig::read(folder.path())?;
+        Self::load(start, folder, config, threads)
+    }
+
+    /// [`Model::open_with_threads`] and the folder's tokenizer, which is read on a thread of its own meanwhile: for a
+    /// large vocabulary that takes as long as the weights.
+    ///
+    /// # Errors
+    /// As [`Model::open`] and [`Tokenizer::new`].
+    pub fn open_with_tokenizer(path: impl AsRef<Path>, threads: Option<usize>) -> Result<(Self, Tokenizer)> {
+        let start = Instant::now();
+        let folder = OnnxFolder::open(path)?;
+        let config = GenaiConfig::read(folder.path())?;
+        let (place, description) = (folder.path().to_path_buf(), config.clone());
+        std::thread::scope(|scope| {
+            let tokenizer = std::thread::Builder::new()
+                .name("olive-tokenizer".to_owned())
+                .spawn_scoped(scope, || Tokenizer::of(&place, &description))
+                .map_err(Error::stage("threads"))?;
+            let model = Self::load(start, folder, config, threads)?;
+            let tokenizer = match tokenizer.join() {
+                Ok(tokenizer) => tokenizer?,
+                Err(panic) => std::panic::resume_unwind(panic),
+            };
+            Ok((model, tokenizer))
+        })
+    }
+
+    fn load(start: Instant, folder: OnnxFolder, config: GenaiConfig, threads: Option<usize>) -> Result<Self> {
         let path = folder.path().to_path_buf();
         let threads = threads
             .or(config.threads())

@@ -1,11 +1,13 @@
 //! [`Tokenizer`] and [`TokenizerStream`].
 
+use std::path::Path;
 use std::sync::Arc;
 
 use olive_core::Result;
 use olive_core::text::{ChatInputs, TextTokenizer};
 use serde_json::Value;
 
+use crate::config::GenaiConfig;
 use crate::model::Model;
 
 /// Text to token ids and back, with the defaults of onnxruntime-genai: no special tokens are added, special tokens in
@@ -33,10 +35,15 @@ impl Tokenizer {
     /// # Errors
     /// Those of [`TextTokenizer::open`].
     pub fn new(model: &Model) -> Result<Self> {
-        let config = &model.config().model;
+        Self::of(model.folder(), model.config())
+    }
+
+    /// The tokenizer of a folder with this description.
+    pub(crate) fn of(folder: &Path, config: &GenaiConfig) -> Result<Self> {
+        let config = &config.model;
         let folder = match config.tokenizer_dir.as_str() {
-            "" => model.folder().to_path_buf(),
-            name => olive_core::fsio::contained(model.folder(), name)?,
+            "" => folder.to_path_buf(),
+            name => olive_core::fsio::contained(folder, name)?,
         };
         Ok(Self {
             inner: Arc::new(TextTokenizer::open(folder)?),

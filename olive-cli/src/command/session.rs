@@ -35,9 +35,9 @@ impl Session {
     /// # Errors
     /// Those of [`Model::open`], [`Tokenizer::new`], [`Adapters::load`] and of a search option.
     pub fn open(folder: &Path, search: &SearchArgs, adapters: &[(String, PathBuf)]) -> Result<Self> {
-        let model = Model::open(folder)?;
+        let (model, tokenizer) = Model::open_with_tokenizer(folder, None)?;
         let mut session = Self {
-            tokenizer: Tokenizer::new(&model)?,
+            tokenizer,
             params: GeneratorParams::new(&model),
             adapters: Adapters::new(&model),
             active: None,
@@ -109,8 +109,7 @@ pub fn evaluate(
 ) -> Result<Map<String, Value>> {
     let reason = "the graph of an ONNX folder is evaluated without adapter";
     notes::refuse(&[("--adapter_path", args.adapter_path.is_some(), reason)])?;
-    let model = Model::open(folder)?;
-    let tokenizer = Tokenizer::new(&model)?;
+    let (model, tokenizer) = Model::open_with_tokenizer(folder, None)?;
     let blocks = token_blocks(
         tokenizer.text_tokenizer(),
         texts,

@@ -7,11 +7,15 @@ use half::{bf16, f16};
 use olive_core::{Error, Result};
 use olive_onnx::ir::{self, OnnxType};
 
+use crate::kernels::panels::Panels;
+
 /// A dense, row-major array.
 #[derive(Debug, Clone)]
 pub struct Tensor<T> {
     shape: Vec<usize>,
     buffer: Buffer<T>,
+    /// The same matrix in the order of products, if it was asked for.
+    panels: Option<Arc<Panels>>,
 }
 
 #[derive(Debug, Clone)]
@@ -30,6 +34,7 @@ impl<T: Pod> Tensor<T> {
         Self {
             shape,
             buffer: Buffer::Owned(data),
+            panels: None,
         }
     }
 
@@ -38,6 +43,7 @@ impl<T: Pod> Tensor<T> {
         Self {
             shape: shape.into(),
             buffer: Buffer::Shared(data.into()),
+            panels: None,
         }
     }
 
@@ -48,6 +54,7 @@ impl<T: Pod> Tensor<T> {
         Some(Self {
             shape: tensor.shape().to_vec(),
             buffer: Buffer::Mapped(tensor.clone()),
+            panels: None,
         })
     }
 
@@ -72,7 +79,13 @@ impl<T: Pod> Tensor<T> {
             self.shape.iter().product::<usize>()
         );
         self.shape = shape;
+        self.panels = None;
         self
+    }
+
+    /// The matrix in the order of products, if [`Value::with_panels`] made it.
+    pub(crate) fn panels(&self) -> Option<&Panels> {
+        self.panels.as_deref()
     }
 
     /// Whether the values are its own, to be changed in place.
@@ -135,6 +148,19 @@ impl Value {
                 format!("`{}`: a constant of type {other}", tensor.name),
                 "the runtime computes with FLOAT, FLOAT16, BFLOAT16, DOUBLE, INT64, INT32, UINT8 and BOOL",
             )),
+        }
+    }
+
+    /// A matrix of floats also in the order in which products read it; other values as they are.
+    pub(crate) fn with_panels(self) -> Self {
+        match self {
+            Self::F32(mut tensor) => {
+                if let [k, n] = *tensor.shape() {
+                    tensor.panels = Panels::new(tensor.data(), k, n).map(Arc::new);
+                }
+                Self::F32(tensor)
+            }
+            other => other,
         }
     }
 

@@ -150,18 +150,31 @@ impl Op for LoraAdd {
             return Ok(());
         }
         let rows = x.data().len() / k.max(1);
-        let mut low = ctx.buffer(rows * rank);
-        let mut delta = ctx.buffer(rows * n);
-        let (x, a, b) = (ctx.f32(1)?, ctx.f32(2)?, ctx.f32(3)?);
-        product::matmul(x.data(), a.data(), rows, k, rank, &mut low);
-        product::matmul(&low, b.data(), rows, rank, n, &mut delta);
-        let base = ctx.f32(0)?;
-        if base.data().len() != delta.len() {
-            return Err(ctx.wrong(0, format!("{rows} rows of {n}"), format!("{:?}", base.shape())));
+        let found = ctx.f32(0)?.shape().to_vec();
+        if found.iter().product::<usize>() != rows * n {
+            return Err(ctx.wrong(0, format!("{rows} rows of {n}"), format!("{found:?}")));
         }
-        delta.iter_mut().zip(base.data()).for_each(|(d, b)| *d += b);
-        let shape = base.shape().to_vec();
-        ctx.set_f32(0, shape, delta);
+        let mut low = ctx.buffer(rows * rank);
+        let mut sum = match ctx.take_f32(0) {
+            Some(base) => base.into_vec(),
+            None => {
+                let mut sum = ctx.buffer(rows * n);
+                sum.copy_from_slice(ctx.f32(0)?.data());
+                sum
+            }
+        };
+        let (x, a, b) = (ctx.f32(1)?, ctx.f32(2)?, ctx.f32(3)?);
+        if let (Some(a), Some(b)) = (a.panels(), b.panels()) {
+            low.fill(0.0);
+            a.add_product(x.data(), &mut low);
+            b.add_product(&low, &mut sum);
+        } else {
+            let mut delta = vec![0.0; rows * n];
+            product::matmul(x.data(), a.data(), rows, k, rank, &mut low);
+            product::matmul(&low, b.data(), rows, rank, n, &mut delta);
+            sum.iter_mut().zip(&delta).for_each(|(s, d)| *s += d);
+        }
+        ctx.set_f32(0, found, sum);
         ctx.state.pool.give(Value::F32(Tensor::new([low.len()], low)));
         Ok(())
     }

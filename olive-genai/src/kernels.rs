@@ -6,6 +6,7 @@
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
 pub(crate) mod activation;
+mod ahead;
 pub(crate) mod aligned;
 pub(crate) mod attention;
 pub(crate) mod dense;

@@ -6,6 +6,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use super::ahead::read_ahead;
 use super::exp::exp;
 use super::float_blocks::add_product;
 use super::isa::{Isa, isa, multiversion, multiversion_fused};
@@ -231,11 +232,13 @@ fn score_slabs_plain<const FUSED: bool>(queries: &[f32], width: usize, keys: &[f
             };
             let queries = &queries[q * width..(q + step) * width];
             let scores = &mut scores[q * length + s * SLABS * SLAB..];
+            // With many queries, reading is not what takes the time.
+            let ahead = q == 0 && count <= 8;
             match step {
-                8 => score_some::<8, 1, FUSED>(queries, width, slabs, scores, length),
-                4 => score_some::<4, 2, FUSED>(queries, width, slabs, scores, length),
-                2 => score_some::<2, 4, FUSED>(queries, width, slabs, scores, length),
-                _ => score_some::<1, 8, FUSED>(queries, width, slabs, scores, length),
+                8 => score_some::<8, 1, FUSED>(queries, width, slabs, scores, length, ahead),
+                4 => score_some::<4, 2, FUSED>(queries, width, slabs, scores, length, ahead),
+                2 => score_some::<2, 4, FUSED>(queries, width, slabs, scores, length, ahead),
+                _ => score_some::<1, 8, FUSED>(queries, width, slabs, scores, length, ahead),
             }
             q += step;
         }
@@ -251,12 +254,16 @@ fn score_some<const QUERIES: usize, const SUMS: usize, const FUSED: bool>(
     slabs: &[[f32; SLAB]],
     scores: &mut [f32],
     length: usize,
+    ahead: bool,
 ) {
     let rows: [&[f32]; QUERIES] = std::array::from_fn(|q| &queries[q * width..(q + 1) * width]);
     for (s, slab) in slabs.chunks_exact(width).enumerate() {
         let mut sums = [[[0.0f32; SLAB]; SUMS]; QUERIES];
         let (parts, rest) = slab.as_chunks::<SUMS>();
         for (i, part) in parts.iter().enumerate() {
+            if ahead {
+                read_ahead(part);
+            }
             for q in 0..QUERIES {
                 for p in 0..SUMS {
                     let factor = rows[q][i * SUMS + p];
@@ -346,16 +353,17 @@ fn add_values_plain<const FUSED: bool>(
         while q < count {
             let step = if count - q >= 4 { 4 } else { 1 };
             let (weights, out) = (&weights[q * length..], &mut out[q * width..(q + step) * width]);
+            let ahead = q == 0 && count <= 8;
             let mut column = 0;
             while column < width {
                 column += match (step, width - column) {
-                    (4, 64..) => add_some::<4, 64, FUSED>(weights, length, values, width, column, out),
-                    (4, 32..) => add_some::<4, 32, FUSED>(weights, length, values, width, column, out),
-                    (4, 16..) => add_some::<4, 16, FUSED>(weights, length, values, width, column, out),
-                    (4, _) => add_some::<4, 1, FUSED>(weights, length, values, width, column, out),
-                    (_, 64..) => add_some::<1, 64, FUSED>(weights, length, values, width, column, out),
-                    (_, 16..) => add_some::<1, 16, FUSED>(weights, length, values, width, column, out),
-                    _ => add_some::<1, 1, FUSED>(weights, length, values, width, column, out),
+                    (4, 64..) => add_some::<4, 64, FUSED>(weights, length, values, width, column, out, ahead),
+                    (4, 32..) => add_some::<4, 32, FUSED>(weights, length, values, width, column, out, ahead),
+                    (4, 16..) => add_some::<4, 16, FUSED>(weights, length, values, width, column, out, ahead),
+                    (4, _) => add_some::<4, 1, FUSED>(weights, length, values, width, column, out, ahead),
+                    (_, 64..) => add_some::<1, 64, FUSED>(weights, length, values, width, column, out, ahead),
+                    (_, 16..) => add_some::<1, 16, FUSED>(weights, length, values, width, column, out, ahead),
+                    _ => add_some::<1, 1, FUSED>(weights, length, values, width, column, out, ahead),
                 };
             }
             q += step;
@@ -372,6 +380,7 @@ fn add_some<const QUERIES: usize, const WIDTH: usize, const FUSED: bool>(
     width: usize,
     column: usize,
     out: &mut [f32],
+    ahead: bool,
 ) -> usize {
     let mut sums = [[0.0f32; WIDTH]; QUERIES];
     for (q, sums) in sums.iter_mut().enumerate() {
@@ -381,7 +390,11 @@ fn add_some<const QUERIES: usize, const WIDTH: usize, const FUSED: bool>(
     let rows: [&[f32]; QUERIES] = std::array::from_fn(|q| &weights[q * length..][..positions]);
     for j in 0..positions {
         let mut row = [0.0f32; WIDTH];
-        row.copy_from_slice(&values[j * width + column..][..WIDTH]);
+        let of_position = &values[j * width + column..][..WIDTH];
+        if ahead && WIDTH >= 16 {
+            read_ahead(of_position);
+        }
+        row.copy_from_slice(of_position);
         for q in 0..QUERIES {
             let factor = rows[q][j];
             for c in 0..WIDTH {

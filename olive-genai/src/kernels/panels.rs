@@ -5,6 +5,7 @@
 
 use half::f16;
 
+use super::ahead::read_ahead;
 use super::aligned::Aligned;
 use super::float_blocks::add_product;
 use super::isa::{isa, multiversion_fused};
@@ -178,6 +179,9 @@ fn multiply_rows<T: Copy, const COUNT: usize, const PARTS: usize, const FUSED: b
     let mut sums = [[[0.0f32; WIDTH]; PARTS]; COUNT];
     let (parts, rest) = panel.as_chunks::<PARTS>();
     for (i, part) in parts.iter().enumerate() {
+        if COUNT == 1 {
+            read_ahead(part);
+        }
         for p in 0..PARTS {
             let mut values = [0.0f32; WIDTH];
             for c in 0..WIDTH {

@@ -4,11 +4,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::super::activation::QuantActivations;
+use super::super::ahead::AHEAD;
 use super::super::nbits::{GROUP, NBitsWeight, Points, Scales, TILE};
 use super::super::parallel::Columns;
-
-/// How far ahead of the sums memory is asked for, in bytes: the processor does so by itself only up to the end of a page.
-const AHEAD: usize = 8192;
 
 /// Integer products of some groups of features with all rows.
 ///

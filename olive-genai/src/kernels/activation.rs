@@ -160,6 +160,7 @@ fn split_pairs(values: &mut [i8; 8]) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::isa::Isa;
     use super::*;
 
     #[test]
@@ -178,6 +179,29 @@ mod tests {
                 let mut values = vec![0.5; len];
                 values[at] = -3.0;
                 assert_eq!(largest_size(&values), 3.0);
+            }
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_rounds_alike() {
+        let values: Vec<f32> = (0..300).map(|i| ((i * i) as f32 * 0.7).sin() * 5.0).collect();
+        for quantize in [quantize_row_4, quantize_row_8] {
+            for block in [16, 32, 128] {
+                let blocks = values.len().div_ceil(block);
+                let run = |isa| {
+                    let (mut out, mut scales, mut centres) = (
+                        vec![1i8; blocks * block],
+                        vec![1.0f32; blocks],
+                        vec![1i32; blocks],
+                    );
+                    quantize(isa, &values, &mut out, &mut scales, &mut centres, block);
+                    (out, scales, centres)
+                };
+                let plain = run(Isa::Scalar);
+                for isa in Isa::available() {
+                    assert_eq!(run(isa), plain, "{isa:?} {block}");
+                }
             }
         }
     }

@@ -16,5 +16,5 @@ pub fn read_ahead<T>(values: &[T]) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(place) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (values, LINE);
+    let _ = (values, AHEAD, LINE);
 }

@@ -21,6 +21,8 @@ const TILE: usize = 32;
 const SLABS: usize = 4;
 /// Values that all queries of a piece pass before the next ones.
 const VALUES: usize = 64;
+/// Vectors of sixteen floats that the sums of a tile may take: with vectors of four floats the registers hold fewer.
+const TILE_SUMS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 8 };
 
 /// What does not change from step to step.
 #[derive(Debug, Clone, Copy)]
@@ -98,7 +100,10 @@ pub fn store(
 ///
 /// A piece of work is all query heads of a key head where they are few, else a tile of one head's queries.
 pub fn attend(spec: &AttentionSpec, input: &AttentionInput<'_>, out: &mut [f32]) {
-    let isa = isa();
+    attend_with(isa(), spec, input, out);
+}
+
+fn attend_with(isa: Isa, spec: &AttentionSpec, input: &AttentionInput<'_>, out: &mut [f32]) {
     let AttentionSpec {
         heads,
         kv_heads,
@@ -225,7 +230,7 @@ fn score_slabs_plain<const FUSED: bool>(queries: &[f32], width: usize, keys: &[f
         let mut q = 0;
         while q < count {
             let step = match count - q {
-                8.. => 8,
+                8.. if TILE_SUMS == 8 => 8,
                 4.. => 4,
                 2.. => 2,
                 _ => 1,
@@ -235,10 +240,16 @@ fn score_slabs_plain<const FUSED: bool>(queries: &[f32], width: usize, keys: &[f
             // With many queries, reading is not what takes the time.
             let ahead = q == 0 && count <= 8;
             match step {
-                8 => score_some::<8, 1, FUSED>(queries, width, slabs, scores, length, ahead),
-                4 => score_some::<4, 2, FUSED>(queries, width, slabs, scores, length, ahead),
-                2 => score_some::<2, 4, FUSED>(queries, width, slabs, scores, length, ahead),
-                _ => score_some::<1, 8, FUSED>(queries, width, slabs, scores, length, ahead),
+                8 => score_some::<8, { TILE_SUMS.div_ceil(8) }, FUSED>(
+                    queries, width, slabs, scores, length, ahead,
+                ),
+                4 => score_some::<4, { TILE_SUMS.div_ceil(4) }, FUSED>(
+                    queries, width, slabs, scores, length, ahead,
+                ),
+                2 => score_some::<2, { TILE_SUMS.div_ceil(2) }, FUSED>(
+                    queries, width, slabs, scores, length, ahead,
+                ),
+                _ => score_some::<1, TILE_SUMS, FUSED>(queries, width, slabs, scores, length, ahead),
             }
             q += step;
         }
@@ -357,8 +368,12 @@ fn add_values_plain<const FUSED: bool>(
             let mut column = 0;
             while column < width {
                 column += match (step, width - column) {
-                    (4, 64..) => add_some::<4, 64, FUSED>(weights, length, values, width, column, out, ahead),
-                    (4, 32..) => add_some::<4, 32, FUSED>(weights, length, values, width, column, out, ahead),
+                    (4, 64..) if TILE_SUMS == 8 => {
+                        add_some::<4, 64, FUSED>(weights, length, values, width, column, out, ahead)
+                    }
+                    (4, 32..) if TILE_SUMS == 8 => {
+                        add_some::<4, 32, FUSED>(weights, length, values, width, column, out, ahead)
+                    }
                     (4, 16..) => add_some::<4, 16, FUSED>(weights, length, values, width, column, out, ahead),
                     (4, _) => add_some::<4, 1, FUSED>(weights, length, values, width, column, out, ahead),
                     (_, 64..) => add_some::<1, 64, FUSED>(weights, length, values, width, column, out, ahead),
@@ -468,7 +483,7 @@ mod tests {
     #[test]
     fn attention_equals_the_definition() {
         for steps in [1usize, 3, 7, 32, 70] {
-            for (heads, kv_heads, head_size) in [(4, 2, 8), (2, 2, 20), (6, 1, 16)] {
+            for (heads, kv_heads, head_size) in [(4, 2, 8), (2, 2, 20), (6, 1, 16), (7, 1, 112)] {
                 for (softcap, window, causal) in [(0.0, None, true), (5.0, Some(9), true), (0.0, None, false)]
                 {
                     let spec = AttentionSpec {
@@ -493,13 +508,16 @@ mod tests {
                         steps,
                         rows: &rows,
                     };
-                    let mut out = vec![f32::NAN; queries.len()];
-                    attend(&spec, &input, &mut out);
-                    for (found, want) in out.iter().zip(reference(&spec, &input)) {
-                        assert!(
-                            (f64::from(*found) - want).abs() < 1e-5,
-                            "{spec:?} {steps}: {found} {want}"
-                        );
+                    let reference = reference(&spec, &input);
+                    for isa in Isa::available() {
+                        let mut out = vec![f32::NAN; queries.len()];
+                        attend_with(isa, &spec, &input, &mut out);
+                        for (found, want) in out.iter().zip(&reference) {
+                            assert!(
+                                (f64::from(*found) - want).abs() < 1e-5,
+                                "{isa:?} {spec:?} {steps}: {found} {want}"
+                            );
+                        }
                     }
                 }
             }

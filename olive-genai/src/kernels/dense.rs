@@ -168,6 +168,7 @@ pub(super) fn dot_plain(a: &[f32], b: &[f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::isa::Isa;
     use super::*;
 
     fn numbers(n: usize, seed: u32) -> Vec<f32> {
@@ -178,6 +179,23 @@ mod tests {
         })
         .take(n)
         .collect()
+    }
+
+    #[test]
+    fn every_instruction_set_streams_a_matrix() {
+        for (k, n, first, width) in [(1, 5, 0, 5), (19, 70, 3, 61), (64, 33, 1, 32)] {
+            let (a, b) = (numbers(k, 3), numbers(k * n, 4));
+            for isa in Isa::available() {
+                let mut out = vec![f32::NAN; width];
+                stream_rows(isa, &a, &b, n, first, &mut out);
+                for (j, found) in out.iter().enumerate() {
+                    let want: f64 = (0..k)
+                        .map(|i| f64::from(a[i]) * f64::from(b[i * n + first + j]))
+                        .sum();
+                    assert!((f64::from(*found) - want).abs() < 1e-5, "{isa:?} {k} {j}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -6,6 +6,9 @@ use super::isa::{Isa, multiversion_fused};
 use super::nbits::{GROUP, NBitsWeight};
 use super::parallel::Columns;
 
+/// Whether the sums of eight rows fit the registers: not where a vector holds four floats.
+const EIGHT_ROWS: bool = !cfg!(target_arch = "aarch64");
+
 /// Products of some groups of features with all rows.
 pub fn piece(isa: Isa, weight: &NBitsWeight, groups: Range<usize>, values: &[f32], out: &mut Columns<'_>) {
     let rows = values.len() / weight.k;
@@ -14,7 +17,7 @@ pub fn piece(isa: Isa, weight: &NBitsWeight, groups: Range<usize>, values: &[f32
         let mut row = 0;
         while row < rows {
             let count = match rows - row {
-                8.. => 8,
+                8.. if EIGHT_ROWS => 8,
                 4.. => 4,
                 _ => 1,
             };
@@ -80,20 +83,14 @@ fn group_rows<const BITS: usize, const ROWS: usize, const FUSED: bool>(
             for (word, bytes) in words.iter_mut().zip(step.as_chunks::<4>().0) {
                 *word = u32::from_le_bytes(*bytes);
             }
-            for j in 0..32 / BITS {
-                if first + j >= k {
-                    break;
+            // All steps but the last one are whole; a known number of elements is unrolled.
+            if first + 32 / BITS <= k {
+                for j in 0..32 / BITS {
+                    add_element::<BITS, ROWS, FUSED>(&words, &zeros, j, &rows, first + j, &mut dots);
                 }
-                let mut weights = [0.0f32; GROUP];
-                for l in 0..GROUP {
-                    let q = words[l] >> (j * BITS) & ((1 << BITS) - 1);
-                    weights[l] = q as i32 as f32 - zeros[l];
-                }
-                for r in 0..ROWS {
-                    let v = rows[r][first + j];
-                    for l in 0..GROUP {
-                        dots[r][l] = add_product::<FUSED>(v, weights[l], dots[r][l]);
-                    }
+            } else {
+                for j in 0..k.saturating_sub(first) {
+                    add_element::<BITS, ROWS, FUSED>(&words, &zeros, j, &rows, first + j, &mut dots);
                 }
             }
         }
@@ -104,6 +101,29 @@ fn group_rows<const BITS: usize, const ROWS: usize, const FUSED: bool>(
         }
     }
     out[..ROWS].copy_from_slice(&sums);
+}
+
+/// Adds the products of element `j` of a step with value `at` of each row.
+#[inline(always)]
+fn add_element<const BITS: usize, const ROWS: usize, const FUSED: bool>(
+    words: &[u32; GROUP],
+    zeros: &[f32; GROUP],
+    j: usize,
+    rows: &[&[f32]; ROWS],
+    at: usize,
+    dots: &mut [[f32; GROUP]; ROWS],
+) {
+    let mut weights = [0.0f32; GROUP];
+    for l in 0..GROUP {
+        let q = words[l] >> (j * BITS) & ((1 << BITS) - 1);
+        weights[l] = q as i32 as f32 - zeros[l];
+    }
+    for r in 0..ROWS {
+        let v = rows[r][at];
+        for l in 0..GROUP {
+            dots[r][l] = add_product::<FUSED>(v, weights[l], dots[r][l]);
+        }
+    }
 }
 
 /// `a · b + c`, with one rounding where the processor does that as fast.

@@ -48,14 +48,14 @@ fn piece<const BITS: usize, const POINTS: bool>(
         };
         let mut row = 0;
         while row < acts.rows {
-            for quarter in [0, 2] {
-                if acts.rows - row >= 2 {
-                    tile::<BITS, POINTS, 2, 2>(part(quarter), row, out);
-                } else {
-                    tile::<BITS, POINTS, 2, 1>(part(quarter), row, out);
-                }
+            if acts.rows - row >= 2 {
+                tile::<BITS, POINTS, 2, 2>(part(0), row, out);
+                tile::<BITS, POINTS, 2, 2>(part(2), row, out);
+                row += 2;
+            } else {
+                tile::<BITS, POINTS, 4, 1>(part(0), row, out);
+                row += 1;
             }
-            row += 2;
         }
     }
 }

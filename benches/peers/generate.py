@@ -126,10 +126,11 @@ def machine():
     return f"{fields.get('model name', '?')}, {os.cpu_count()} cores, {' '.join(flags)}"
 
 
-def table(name, threads, ours, theirs, new):
-    def median(runs, key):
-        return statistics.median(run[key] for run in runs)
+def median(runs, key):
+    return statistics.median(run[key] for run in runs)
 
+
+def table(name, threads, ours, theirs):
     for key in [key for key in ours[0] if key.endswith("_s") and f"{key[:-2]}_cpu_s" in ours[0]]:
         what, cpu = key[:-2], f"{key[:-2]}_cpu_s"
         wall = (median(ours, key), median(theirs, key))
@@ -140,6 +141,15 @@ def table(name, threads, ours, theirs, new):
         print("| " + " | ".join(cells) + " |", flush=True)
     peak = (median(ours, "peak_bytes") / 1e6, median(theirs, "peak_bytes") / 1e6)
     print(f"| {name} | {threads} | peak MB | {peak[0]:.0f} | {peak[1]:.0f} | | | {peak[1] / peak[0]:.2f} | |", flush=True)
+
+
+def adapter_rows(name, threads, contexts, base, adapted):
+    """What an active adapter costs: the time of a token with it over that without."""
+    for context in contexts:
+        key = f"decode_{context}_s"
+        cells = [name, str(threads), f"decode_{context}, adapter over base"]
+        cells += [f"{median(with_it, key) / median(without, key):.2f}" for without, with_it in zip(base, adapted)]
+        print("| " + " | ".join(cells) + " | | | | |", flush=True)
 
 
 def number_list(text):
@@ -163,13 +173,18 @@ def compare(options):
         for threads in options.threads:
             common = [folder, "--threads", threads, "--prompt", options.prompt, "--new", options.new]
             common += ["--contexts", ",".join(map(str, options.contexts))]
+            variants = {name: common}
             if name in adapters:
-                common += ["--adapter", adapters[name]]
-            ours, theirs = [], []
+                variants[f"{name} with adapter"] = [*common, "--adapter", adapters[name]]
+            runs = {variant: ([], []) for variant in variants}
             for _ in range(options.runs):
-                ours.append(run([options.olive, *common]))
-                theirs.append(run([python, __file__, "--child", *common]))
-            table(name, threads, ours, theirs, options.new)
+                for variant, arguments in variants.items():
+                    runs[variant][0].append(run([options.olive, *arguments]))
+                    runs[variant][1].append(run([python, __file__, "--child", *arguments]))
+            for variant, (ours, theirs) in runs.items():
+                table(variant, threads, ours, theirs)
+            if name in adapters:
+                adapter_rows(name, threads, options.contexts, *runs.values())
 
 
 def main():

@@ -27,8 +27,8 @@ pub(crate) struct Loaded {
 }
 
 impl Model {
-    /// Opens a folder. Float weights stay in the mapped file, packed ones are put into the kernels' order. The number of threads is `intra_op_num_threads` of the
-    /// folder's session options, else rayon's.
+    /// Opens a folder. Float weights stay in the mapped file, packed ones are put into the kernels' order. The number of
+    /// threads is `intra_op_num_threads` of the folder's session options, else rayon's.
     ///
     /// # Errors
     /// [`Error::File`] without a model or its description; errors of [`GenaiConfig::read`] and of the ONNX reader;
@@ -37,7 +37,8 @@ impl Model {
         Self::open_with_threads(path, None)
     }
 
-    /// [`Model::open`] with a number of threads of its own. Results do not depend on it.
+    /// [`Model::open`] with a number of threads of its own. Results do not depend on it. Weights are packed by as many as
+    /// rayon has if those are more.
     ///
     /// # Errors
     /// As [`Model::open`].
@@ -78,7 +79,11 @@ impl Model {
             .or(config.threads())
             .unwrap_or_else(rayon::current_num_threads);
         let pool = pool::shared(threads).map_err(Error::stage("threads"))?;
-        let plan = pool.install(|| Plan::new(folder.into_model(), &config.graph_names()))?;
+        // Weights are packed by all cores, however many answer: most of the time goes into new pages.
+        let packers =
+            pool::shared(threads.max(rayon::current_num_threads())).map_err(Error::stage("threads"))?;
+        let plan = packers.install(|| Plan::new(folder.into_model(), &config.graph_names()))?;
+        drop(packers);
         let layers = config.model.decoder.num_hidden_layers;
         if layers != 0 && layers != plan.info().layers {
             let origin = path.join("genai_config.json").display().to_string();

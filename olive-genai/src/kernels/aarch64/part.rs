@@ -224,8 +224,8 @@ impl<const ROWS: usize> Operands<'_, ROWS> {
 #[target_feature(enable = "neon")]
 #[inline]
 unsafe fn load_scales(kind: Scales, start: *const u8) -> float32x4_t {
-    // SAFETY: the caller's promise.
     match kind {
+        // SAFETY: the caller's promise.
         Scales::F32 => unsafe { vld1q_f32(start.cast()) },
         Scales::Bf16 => {
             // SAFETY: as above.

@@ -527,3 +527,54 @@ fn a_closed_pipe_is_no_failure() {
     drop(child.stdout.take());
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
+
+/// Without a visible GPU: on a machine without a driver, and on one whose GPUs are hidden.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_gpu_that_is_not_there_is_an_error_that_says_what_is_missing() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let model = tiny();
+    let common = [
+        "-m",
+        model.to_str().unwrap(),
+        "--device",
+        "gpu",
+        "-o",
+        output.to_str().unwrap(),
+    ];
+    let data = repository().join("fixtures/data_sample_travel.jsonl");
+    let data = [
+        "-d",
+        "json",
+        "--data_files",
+        data.to_str().unwrap(),
+        "--text_template",
+        "{prompt}",
+    ];
+    let commands = [
+        (["quantize", "--algorithm", "awq"].as_slice(), data.as_slice()),
+        (&["quantize", "--algorithm", "gptq"], &data),
+        (&["finetune", "--max_steps", "1"], &data),
+    ];
+    for (command, rest) in commands {
+        let output = Command::new(env!("CARGO_BIN_EXE_olive"))
+            .args(command.iter().chain(&common).chain(rest))
+            .env("CUDA_VISIBLE_DEVICES", "")
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{command:?}: {stderr}");
+        assert!(
+            stderr.contains("--device gpu is not supported: "),
+            "{command:?}: {stderr}"
+        );
+        let missing = ["no NVIDIA driver was found", "the NVIDIA driver finds no GPU"];
+        assert!(
+            missing.iter().any(|part| stderr.contains(part)),
+            "{command:?}: {stderr}"
+        );
+        assert!(!stderr.contains("panicked"), "{stderr}");
+    }
+    assert!(!output.exists(), "a failed command left something behind");
+}

@@ -24,7 +24,7 @@ pub use batch::Batch;
 pub use device::{Gpu, Numbers};
 pub use gemm::{Product, burns_product};
 pub use head::{DeviceEmbedding, DeviceHead, DeviceLoss, Targets};
-pub use kernels::{AdamWStep, ClipGroup, DevicePacked, Dropout, NormalFloats, Rotation};
+pub use kernels::{AdamWStep, ClipGrid, DevicePacked, Dropout, NormalFloats, PackedAwq, Rotation, SHARES};
 pub use layer::{DeviceLayer, DeviceTape, Pass, check_model};
 pub use linear::{DeviceLinear, DeviceLowRank, DeviceWeight};
 pub use matrix::{Element, Matrix, View};

@@ -1,6 +1,8 @@
 //! Training on a GPU: the frozen model in bfloat16 or packed, the adapter, its gradients and the optimizer's state in
 //! single precision, all in device memory. The host sees losses, the gradient's norm, and the state when it is saved.
 
+use std::time::Instant;
+
 use olive_core::cuda::{
     AdamWStep, Batch, DeviceEmbedding, DeviceHead, DeviceLayer, DeviceLowRank, Dropout, Element, Gpu, Matrix,
     Pass, Targets, check_model, grown,
@@ -16,6 +18,8 @@ use crate::network::Sequence;
 const RANK_STEP: usize = 8;
 /// Parts of the flat parameter begin at multiples of this many elements.
 const PART_STEP: usize = 64;
+/// Bytes of unused device memory that are kept when the shape of the batch changes.
+const IDLE_BYTES: u64 = 8 << 30;
 /// Tokens that are evaluated together.
 const CHUNK_TOKENS: usize = 8192;
 
@@ -115,14 +119,17 @@ impl DeviceRun {
         let (spec, source) = (model.spec(), model.tensors());
         check_model(spec)?;
         progress.start("loading the model", spec.n_layers as u64);
-        let embedding = DeviceEmbedding::load(&gpu, source, spec)?;
-        let head = DeviceHead::load(&gpu, source, spec, Some(&embedding))?;
-        let mut layers = Vec::with_capacity(spec.n_layers);
-        for index in 0..spec.n_layers {
-            cancel.check()?;
-            layers.push(DeviceLayer::load(&gpu, source, spec, index)?);
-            progress.update(index as u64 + 1, "");
-        }
+        let (embedding, head, layers) = gpu.lasting(|| -> Result<_> {
+            let embedding = DeviceEmbedding::load(&gpu, source, spec)?;
+            let head = DeviceHead::load(&gpu, source, spec, Some(&embedding))?;
+            let mut layers = Vec::with_capacity(spec.n_layers);
+            for index in 0..spec.n_layers {
+                cancel.check()?;
+                layers.push(DeviceLayer::load(&gpu, source, spec, index)?);
+                progress.update(index as u64 + 1, "");
+            }
+            Ok((embedding, head, layers))
+        })?;
         progress.finish();
         let scratch = layers.iter().map(DeviceLayer::scratch_len).max().unwrap_or(0);
         let scratch = grown(&gpu, &mut None, scratch).clone();
@@ -131,15 +138,23 @@ impl DeviceRun {
         let parameters = flat(&parts, len, tensors);
         let first = flat(&parts, len, moments.iter().map(|moments| &moments.first));
         let second = flat(&parts, len, moments.iter().map(|moments| &moments.second));
+        let (parameters, rounded, gradients, moments) = gpu.lasting(|| {
+            (
+                gpu.upload_f32(&parameters, 1, len),
+                gpu.upload_bf16(&parameters, 1, len),
+                gpu.zeros(1, len, Element::F32),
+                [gpu.upload_f32(&first, 1, len), gpu.upload_f32(&second, 1, len)],
+            )
+        });
         let mut run = Self {
             spec: spec.clone(),
             embedding,
             head,
             scratch,
-            parameters: gpu.upload_f32(&parameters, 1, len),
-            rounded: gpu.upload_bf16(&parameters, 1, len),
-            gradients: gpu.zeros(1, len, Element::F32),
-            moments: [gpu.upload_f32(&first, 1, len), gpu.upload_f32(&second, 1, len)],
+            parameters,
+            rounded,
+            gradients,
+            moments,
             lowest: adapter.modules.iter().map(|m| m.place.layer).min().unwrap_or(0),
             layout: None,
             layers,
@@ -184,6 +199,13 @@ impl DeviceRun {
         {
             return batch.clone();
         }
+        // What is as large as the last batch was is not asked for again.
+        if self.layout.take().is_some()
+            && let Some((used, held)) = self.gpu.memory()
+            && held > used + IDLE_BYTES
+        {
+            self.gpu.release_unused();
+        }
         let batch = Batch::new(&self.gpu, &self.spec, &lengths, total);
         self.layout = Some((lengths, total, batch.clone()));
         batch
@@ -204,6 +226,7 @@ impl DeviceRun {
 
     /// The sum of the losses of a micro-batch padded to `total`; its gradients are added to those of the step.
     pub fn accumulate(&mut self, sequences: &[Sequence<'_>], total: usize, mode: &DeviceMode) -> Result<f64> {
+        let started = Instant::now();
         let batch = self.prepare(sequences, total);
         let targets = self.targets(sequences, &batch)?;
         let gpu = &self.gpu;
@@ -220,8 +243,9 @@ impl DeviceRun {
             if index < self.lowest {
                 x = layer.forward(gpu, &x, &pass(index));
             } else if mode.recompute {
-                let y = layer.forward(gpu, &x, &pass(index));
-                inputs.push(std::mem::replace(&mut x, y));
+                // Kept in bfloat16, the precision of all operands: half the memory.
+                inputs.push(gpu.lasting(|| gpu.round(&x)));
+                x = layer.forward(gpu, &x, &pass(index));
             } else {
                 let (y, tape) = layer.forward_train(gpu, &x, &pass(index));
                 tapes.push(tape);
@@ -237,13 +261,19 @@ impl DeviceRun {
         for (index, layer) in self.layers.iter().enumerate().skip(self.lowest).rev() {
             let pass = pass(index);
             let tape = match inputs.pop() {
-                Some(x) => Some(layer.recompute(gpu, &x, &pass)),
+                Some(x) => Some(layer.recompute(gpu, &gpu.widen(&x), &pass)),
                 None => tapes.pop(),
             };
             let Some(tape) = tape else { break };
             rounded = layer.backward(gpu, tape, (&dy, rounded), &pass);
         }
-        loss.sum(gpu)
+        let queued = started.elapsed();
+        let sum = loss.sum(gpu)?;
+        tracing::debug!(
+            "a micro-batch was queued in {queued:?} and done in {:?}",
+            started.elapsed()
+        );
+        Ok(sum)
     }
 
     /// The sum of the losses of some sequences, each as if it were alone.

@@ -33,7 +33,7 @@ pub mod work;
 
 pub use calibration::CalibrationSet;
 #[cfg(feature = "cuda")]
-pub use cuda::quantize_on_gpu;
+pub use cuda::{quantize_on_gpu, quantize_uniform_on_gpu};
 pub use olive_layout::{
     Gptq, KQuant, Rounding, Rtn, SelectiveMixedPrecision, UniformOptions, UniformReport, quantize_uniform,
 };

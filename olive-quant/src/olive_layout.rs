@@ -6,13 +6,13 @@
 //! rounded and written in place one after the other; GPTQ holds the hidden states of the calibration besides. An interrupted run goes
 //! on from its finished layers and gives the same bytes.
 
-mod calibrated;
+pub(crate) mod calibrated;
 mod draft;
 pub mod layout;
 pub mod options;
 pub mod passes;
 mod plain;
-mod run;
+pub(crate) mod run;
 
 pub use layout::{Layout, Target};
 pub use options::{Rounding, UniformOptions};

@@ -1,13 +1,13 @@
 //! The output folder: `model/` with the checkpoint, `model_config.json`, the report.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use olive_core::model::ModelConfigFile;
-use olive_core::{CheckpointWriter, Error, ModelHandle, Result, TensorSource, fsio, model};
+use olive_core::{CheckpointWriter, Error, ModelHandle, ModelSpec, Result, TensorSource, fsio, model};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::encode;
+use crate::encode::{self, Encoded};
 use crate::options::QuantizeOptions;
 use crate::report::{QuantizeReport, REPORT_FILE};
 use crate::work::{WORK_FOLDER, WorkFolder, remove_dir};
@@ -32,29 +32,95 @@ pub fn check_replaceable(output: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Builds the folder from finished layers and puts it in place of an earlier one; the work folder is gone then.
-///
-/// # Errors
-/// [`Error::Io`]; [`Error::Tensor`] if a tensor outside the layers does not fit half precision.
-pub fn assemble(
-    handle: &dyn ModelHandle,
-    options: &QuantizeOptions,
-    work: &WorkFolder,
-    output: &Path,
-    report: &QuantizeReport,
-) -> Result<()> {
-    let staging = work.path("result");
-    remove_dir(&staging)?;
-    write_checkpoint(handle, options, work, &staging)?;
-    for file in model::companion_files(handle.path())? {
-        let target = staging.join(file.file_name().unwrap_or_default());
-        if target.ends_with("config.json") {
-            fsio::write_json(&target, &quantized_config(&fsio::read_json(&file)?, options), 2)?;
-        } else {
-            fsio::write(&target, &fsio::read(&file)?)?;
-        }
+/// The checkpoint of a run as it grows inside the work folder: layers are added as they are finished.
+pub struct Assembly {
+    writer: CheckpointWriter,
+    staging: PathBuf,
+    /// Which layers were added.
+    added: Vec<bool>,
+    /// Whether what is outside the layers was.
+    has_ends: bool,
+}
+
+impl Assembly {
+    /// Without a layer; what an earlier run has begun is removed.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn new(spec: &ModelSpec, options: &QuantizeOptions, work: &WorkFolder) -> Result<Self> {
+        let staging = work.path("result");
+        remove_dir(&staging)?;
+        Ok(Self {
+            writer: CheckpointWriter::create(&staging, &encode::plan(spec, options))?,
+            staging,
+            added: vec![false; spec.n_layers],
+            has_ends: false,
+        })
     }
-    place(work, &staging, output, report, None)
+
+    /// Adds what is outside the layers, once.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Tensor`] if a tensor does not fit half precision.
+    pub fn add_ends(&mut self, handle: &dyn ModelHandle, options: &QuantizeOptions) -> Result<()> {
+        if std::mem::replace(&mut self.has_ends, true) {
+            return Ok(());
+        }
+        let (spec, source) = (handle.spec(), handle.tensors());
+        let plan = encode::plan(spec, options);
+        for (name, info) in plan.tensors.iter().filter(|(name, _)| !name.contains(".layers.")) {
+            self.writer
+                .write(name, &encode::stored_half(source, name, &info.shape)?)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the tensors of a finished layer.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Tensor`] if the plan has no such tensor.
+    pub fn add(&mut self, layer: usize, tensors: &[Encoded]) -> Result<()> {
+        for (name, bytes) in tensors {
+            self.writer.write(name, bytes)?;
+        }
+        if let Some(added) = self.added.get_mut(layer) {
+            *added = true;
+        }
+        Ok(())
+    }
+
+    /// Adds what is missing, and puts the folder in place of an earlier one; the work folder is gone then.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Tensor`] if a tensor outside the layers does not fit half precision.
+    pub fn finish(
+        mut self,
+        handle: &dyn ModelHandle,
+        options: &QuantizeOptions,
+        work: &WorkFolder,
+        output: &Path,
+        report: &QuantizeReport,
+    ) -> Result<()> {
+        self.add_ends(handle, options)?;
+        let spec = handle.spec();
+        // Layers of an earlier run.
+        for index in (0..spec.n_layers).filter(|index| !self.added[*index]) {
+            let layer = work.layer(index)?;
+            for (name, _) in encode::layer_plan(spec, options, index).tensors {
+                self.writer.write(&name, &layer.bytes(&name)?)?;
+            }
+        }
+        self.writer.finish()?;
+        for file in model::companion_files(handle.path())? {
+            let target = self.staging.join(file.file_name().unwrap_or_default());
+            if target.ends_with("config.json") {
+                fsio::write_json(&target, &quantized_config(&fsio::read_json(&file)?, options), 2)?;
+            } else {
+                fsio::write(&target, &fsio::read(&file)?)?;
+            }
+        }
+        place(work, &self.staging, output, report, None)
+    }
 }
 
 /// Puts the finished folder `staging` of `work` in place of an earlier one, with the report and what passes have
@@ -103,27 +169,6 @@ fn swap(replaced: &Path, staging: &Path, output: &Path) -> Result<()> {
         fsio::rename(&target, replaced)?;
     }
     fsio::rename(staging, &target)
-}
-
-fn write_checkpoint(
-    handle: &dyn ModelHandle,
-    options: &QuantizeOptions,
-    work: &WorkFolder,
-    folder: &Path,
-) -> Result<()> {
-    let (spec, source) = (handle.spec(), handle.tensors());
-    let plan = encode::plan(spec, options);
-    let mut writer = CheckpointWriter::create(folder, &plan)?;
-    for index in 0..spec.n_layers {
-        let layer = work.layer(index)?;
-        for (name, _) in encode::layer_plan(spec, options, index).tensors {
-            writer.write(&name, &layer.bytes(&name)?)?;
-        }
-    }
-    for (name, info) in plan.tensors.iter().filter(|(name, _)| !name.contains(".layers.")) {
-        writer.write(name, &encode::stored_half(source, name, &info.shape)?)?;
-    }
-    writer.finish()
 }
 
 /// The model's own `config.json` with half precision and the quantization that AutoAWQ 0.2.9 writes.

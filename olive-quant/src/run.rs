@@ -1,6 +1,7 @@
 //! The run: preflight, layer by layer, then the output folder.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use burn::tensor::backend::Backend;
@@ -14,7 +15,7 @@ use crate::calibration::CalibrationSet;
 use crate::encode::{self, Encoded};
 use crate::layer::LayerWeights;
 use crate::options::{Algorithm, QuantizeOptions};
-use crate::output;
+use crate::output::{self, Assembly};
 use crate::preflight::{check_output, preflight};
 use crate::quantizer::affine::{Affine, Arithmetic};
 use crate::quantizer::awq::{Awq, AwqLayer};
@@ -75,12 +76,15 @@ pub(crate) fn quantize_with(
     let expected = preflight(model, calibration, options)?;
     tracing::info!("{expected}");
     cancel.check()?;
+    let started = Instant::now();
     let manifest = Manifest::new(model, calibration, options)?;
+    tracing::debug!("hashing the model took {:?}", started.elapsed());
     let work = WorkFolder::open(output, &manifest)?;
     let run = Run {
         model,
         options,
         work: &work,
+        assembly: Mutex::new(Assembly::new(model.spec(), options, &work)?),
         progress,
         cancel,
     };
@@ -94,7 +98,11 @@ pub(crate) fn quantize_with(
             expected,
             layers,
         };
-        output::assemble(model, options, &work, output, &report)?;
+        let started = Instant::now();
+        let assembly = run.assembly.into_inner();
+        let assembly = assembly.unwrap_or_else(PoisonError::into_inner);
+        assembly.finish(model, options, &work, output, &report)?;
+        tracing::debug!("writing the checkpoint took {:?}", started.elapsed());
         Ok(report)
     });
     match &result {
@@ -110,6 +118,8 @@ pub(crate) struct Run<'a> {
     pub model: &'a dyn ModelHandle,
     pub options: &'a QuantizeOptions,
     pub work: &'a WorkFolder,
+    /// The checkpoint that is written, which every finished layer is added to.
+    pub assembly: Mutex<Assembly>,
     pub progress: &'a dyn Progress,
     pub cancel: &'a CancelToken,
 }
@@ -186,9 +196,21 @@ impl Run<'_> {
 
     /// Rounds, packs and stores a layer.
     pub fn finish_layer(&self, index: usize, awq: AwqLayer, started: Instant) -> Result<LayerReport> {
-        let spec = self.model.spec();
-        let mut tensors = encode::dense_parts(spec, &awq.weights)?;
+        let mut tensors = Vec::new();
         let linears = self.round(&awq.weights, &awq.clips, &mut tensors)?;
+        self.store_layer(index, awq, (tensors, linears), started)
+    }
+
+    /// Stores a layer whose linears are rounded and packed; the other tensors are those of `awq`.
+    pub fn store_layer(
+        &self,
+        index: usize,
+        awq: AwqLayer,
+        (mut tensors, linears): (Vec<Encoded>, Vec<LinearReport>),
+        started: Instant,
+    ) -> Result<LayerReport> {
+        let spec = self.model.spec();
+        tensors.extend(encode::dense_parts(spec, &awq.weights)?);
         let report = LayerReport {
             layer: index,
             seconds: started.elapsed().as_secs_f64(),
@@ -198,6 +220,8 @@ impl Run<'_> {
         };
         self.work
             .store(&encode::layer_plan(spec, self.options, index), &tensors, &report)?;
+        let mut assembly = self.assembly.lock().unwrap_or_else(PoisonError::into_inner);
+        assembly.add(index, &tensors)?;
         Ok(report)
     }
 

@@ -92,8 +92,8 @@ pub fn run(args: &QuantizeArgs, context: &Context<'_>) -> Result<()> {
     let request = Request::of(args)?;
     check_flags(args)?;
     let on_gpu = device::on_gpu(args.device)?;
-    if on_gpu && matches!(request, Request::Uniform(_)) {
-        let expected = "cpu; the GPU calibrates awq alone";
+    if on_gpu && matches!(&request, Request::Uniform(options) if !options.rounding.calibrates()) {
+        let expected = "cpu; the GPU calibrates awq and gptq, and nothing else has a calibration";
         return Err(Error::config("command line", "--device", expected, "`gpu`"));
     }
     let data = match &args.data_name {
@@ -129,8 +129,14 @@ pub fn run(args: &QuantizeArgs, context: &Context<'_>) -> Result<()> {
             );
         }
         Request::Uniform(options) => {
-            let report =
-                olive_quant::quantize_uniform(&model, &calibration, options, output, progress, cancel)?;
+            let quantize = match on_gpu {
+                false => olive_quant::quantize_uniform,
+                #[cfg(feature = "cuda")]
+                true => olive_quant::quantize_uniform_on_gpu,
+                #[cfg(not(feature = "cuda"))]
+                true => unreachable!("invariant: `on_gpu` refuses a device that this build does not have"),
+            };
+            let report = quantize(&model, &calibration, options, output, progress, cancel)?;
             tracing::info!(
                 "{} modules, {:.1} MiB of weights",
                 report.linears.len(),

@@ -1,7 +1,6 @@
 //! Causal attention as batched products with a fused softmax, on rows `[q, k, v]` where they lie.
 //!
-//! Scores exist for a few heads of one sequence at a time, so that they stay in the chip's cache between the products
-//! and the softmax. The probabilities are computed again in the backward.
+//! Scores exist for some heads of one sequence at a time. The probabilities are computed again in the backward.
 
 use super::batch::Batch;
 use super::device::Gpu;
@@ -9,8 +8,9 @@ use super::gemm::Product;
 use super::matrix::{Element, Matrix};
 use crate::arch::ModelSpec;
 
-/// Bytes of the scores that exist at a time.
-const SCORE_BYTES: usize = 32 << 20;
+/// Bytes of the scores that exist at a time: few enough to be cheap in memory, so many that the products of a sequence of
+/// some thousand tokens are few calls.
+const SCORE_BYTES: usize = 128 << 20;
 
 /// Sizes of heads and where they are in a row.
 #[derive(Debug, Clone, Copy)]

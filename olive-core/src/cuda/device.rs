@@ -1,18 +1,21 @@
 //! One GPU: memory, transfers and the stream, all of Burn's CUDA backend.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use burn_cuda::CudaDevice;
+use cubecl::MemoryAllocationMode;
 use cubecl::Runtime;
 use cubecl::bytes::Bytes;
 use cubecl::client::ComputeClient;
+use cubecl::config::cache::CacheConfig;
 use cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
 use cubecl::cuda::CudaRuntime;
 use cubecl::device::Device;
 use cubecl::device_handle::DeviceHandle;
 use cubecl::prelude::ArrayArg;
-use cubecl::server::Handle;
+use cubecl::server::{ComputeServer, Handle};
 use cubecl::stream_id::StreamId;
 use half::bf16;
 
@@ -29,6 +32,8 @@ pub struct Gpu {
     pub(super) client: ComputeClient<CudaRuntime>,
     pub(super) server: DeviceHandle<Server>,
     pub(super) blas: Arc<Mutex<Blas>>,
+    /// Asked for each product, while another thread may hold the lock for the one before.
+    pub(super) blas_is_open: Arc<AtomicBool>,
     /// Whether fresh memory is filled with what is not a number.
     poison: Arc<AtomicBool>,
     /// The first thing that went wrong since the last look.
@@ -60,6 +65,9 @@ impl Gpu {
         // One stream for every thread: what one thread queues, another may read.
         let mut config = CubeClRuntimeConfig::default().override_from_env();
         config.streaming.max_streams = 1;
+        if config.compilation.cache.is_none() {
+            config.compilation.cache = cache_folder().map(CacheConfig::File);
+        }
         let taken = std::panic::catch_unwind(|| CubeClRuntimeConfig::set(config)).is_err();
         if taken {
             return Err(Error::unsupported("--device gpu", "CubeCL was configured before"));
@@ -71,6 +79,7 @@ impl Gpu {
             client,
             server,
             blas: Arc::new(Mutex::new(Blas::default())),
+            blas_is_open: Arc::new(AtomicBool::new(false)),
             poison: Arc::new(AtomicBool::new(false)),
             failure: Arc::new(Mutex::new(None)),
         };
@@ -134,6 +143,33 @@ impl Gpu {
         let mut bytes = Bytes::from_bytes_vec(bytes);
         self.client.staging(std::iter::once(&mut bytes), false);
         self.client.create(bytes)
+    }
+
+    /// A matrix from what `fill` writes to pinned memory, and what it returns.
+    pub(super) fn upload_with<T>(
+        &self,
+        [rows, cols]: [usize; 2],
+        element: Element,
+        fill: impl FnOnce(&mut [u8]) -> T,
+    ) -> (Matrix, T) {
+        let len = rows * cols * element.size();
+        let stream_id = Self::stream_id();
+        let pinned = self
+            .server
+            .submit_blocking(move |server: &mut Server| server.staging(&[len], stream_id));
+        let pinned = pinned.ok().and_then(std::result::Result::ok);
+        let mut bytes = match pinned.and_then(|mut pinned| pinned.pop()) {
+            Some(bytes) => bytes,
+            None => Bytes::from_bytes_vec(vec![0; len]),
+        };
+        let filled = fill(&mut bytes);
+        let matrix = Matrix {
+            handle: self.client.create(bytes),
+            rows,
+            cols,
+            element,
+        };
+        (matrix, filled)
     }
 
     /// Numbers of tokens, rows and the like in device memory.
@@ -200,6 +236,19 @@ impl Gpu {
         self.client.memory_cleanup();
     }
 
+    /// Allocates what `work` asks for in pieces of their own size, not inside the pool's large pages: for what stays.
+    pub fn lasting<T>(&self, work: impl FnOnce() -> T) -> T {
+        let stream_id = Self::stream_id();
+        self.server.submit(move |server: &mut Server| {
+            server.allocation_mode(MemoryAllocationMode::Persistent, stream_id);
+        });
+        let done = work();
+        self.server.submit(move |server: &mut Server| {
+            server.allocation_mode(MemoryAllocationMode::Auto, stream_id);
+        });
+        done
+    }
+
     /// Keeps the first failure for the next [`Gpu::check`].
     pub(super) fn fail(failure: &Mutex<Option<String>>, message: String) {
         if let Ok(mut first) = failure.lock() {
@@ -224,6 +273,23 @@ impl Gpu {
     pub(super) fn stream_id() -> StreamId {
         StreamId::current()
     }
+}
+
+/// Where compiled kernels are kept, in a folder of their own for every version of their sources; none where the user
+/// has no folder for caches.
+fn cache_folder() -> Option<PathBuf> {
+    let folder = |name: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    let caches = folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache")))?;
+    let mut hasher = blake3::Hasher::new();
+    for source in super::kernels::SOURCES {
+        hasher.update(source.as_bytes());
+    }
+    let version = hasher.finalize().to_hex();
+    Some(caches.join("olive").join(format!("kernels-{}", &version[..16])))
 }
 
 /// Whole numbers in device memory.

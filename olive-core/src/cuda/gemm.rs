@@ -9,6 +9,7 @@ pub use fallback::product as burns_product;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::MutexGuard;
+use std::sync::atomic::Ordering;
 
 use cubecl::server::{Binding, ComputeServer};
 use cudarc::cublaslt::{result, sys};
@@ -197,6 +198,7 @@ impl Gpu {
             Ok(Some(open)) => {
                 if let Ok(mut blas) = self.blas.lock() {
                     blas.open = Some(open);
+                    self.blas_is_open.store(true, Ordering::Release);
                 }
                 Ok(())
             }
@@ -212,7 +214,7 @@ impl Gpu {
 
     /// Whether products are cuBLASLt's.
     pub fn has_blas(&self) -> bool {
-        self.blas.lock().is_ok_and(|blas| blas.open.is_some())
+        self.blas_is_open.load(Ordering::Acquire)
     }
 
     /// Queues a product. What fails is reported by the next wait or download.

@@ -5,18 +5,22 @@
 
 mod activation;
 mod awq;
+mod clip;
 mod dropout;
 mod loss;
 mod norm;
 mod optimizer;
+mod pack;
 mod packed;
 mod rope;
 mod rows;
 mod softmax;
 
-pub use awq::ClipGroup;
+pub use clip::ClipGrid;
 pub use dropout::Dropout;
+pub use loss::SHARES;
 pub use optimizer::AdamWStep;
+pub use pack::PackedAwq;
 pub use packed::{DevicePacked, NormalFloats};
 pub use rope::Rotation;
 
@@ -28,12 +32,34 @@ pub(super) type Half4 = Vector<bf16, Const<4>>;
 /// Four single-precision numbers that are read at once.
 pub(super) type Float4 = Vector<f32, Const<4>>;
 
+/// Eight bfloat16 numbers that are read at once.
+pub(super) type Half8 = Vector<bf16, Const<8>>;
+/// Eight single-precision numbers in registers.
+pub(super) type Float8 = Vector<f32, Const<8>>;
+
 /// Units of a cube.
 pub(super) const UNITS: usize = 256;
 /// Units of a plane: a warp.
 pub(super) const PLANE: u32 = 32;
 /// Planes of a cube that has one row for each.
 pub(super) const ROWS: u32 = 8;
+
+/// The text of all kernels: compiled ones are kept for as long as it is the same.
+pub(super) const SOURCES: [&str; 13] = [
+    include_str!("kernels.rs"),
+    include_str!("kernels/activation.rs"),
+    include_str!("kernels/awq.rs"),
+    include_str!("kernels/clip.rs"),
+    include_str!("kernels/dropout.rs"),
+    include_str!("kernels/loss.rs"),
+    include_str!("kernels/norm.rs"),
+    include_str!("kernels/optimizer.rs"),
+    include_str!("kernels/pack.rs"),
+    include_str!("kernels/packed.rs"),
+    include_str!("kernels/rope.rs"),
+    include_str!("kernels/rows.rs"),
+    include_str!("kernels/softmax.rs"),
+];
 
 /// A cube for each row.
 pub(super) fn cube_per_row(rows: usize) -> (CubeCount, CubeDim) {

@@ -1,6 +1,8 @@
 //! One decoder layer on the device, forward and backward: the arithmetic of [`DecoderLayer`](crate::decoder::DecoderLayer)
 //! with bfloat16 operands, sums and residual stream in single precision.
 
+use rayon::prelude::*;
+
 use super::attention::{self, HeadLayout};
 use super::batch::Batch;
 use super::device::Gpu;
@@ -100,7 +102,7 @@ impl DeviceLayer {
         };
         let linears = spec.linears(index);
         let linears = linears
-            .iter()
+            .par_iter()
             .map(|linear| DeviceLinear::load(gpu, source, spec, linear));
         Ok(Self {
             index,

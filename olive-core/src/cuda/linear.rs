@@ -1,6 +1,5 @@
 //! Linears on the device: a frozen weight in bfloat16 or packed, an optional bias, an optional low-rank part.
 
-use half::bf16;
 use rayon::prelude::*;
 
 use super::device::Gpu;
@@ -26,7 +25,7 @@ pub enum DeviceWeight {
 
 impl DeviceWeight {
     /// The weight in bfloat16; a packed one is dequantized into `scratch`, which the next one overwrites.
-    fn dense(&self, gpu: &Gpu, scratch: &Matrix) -> Matrix {
+    pub fn dense(&self, gpu: &Gpu, scratch: &Matrix) -> Matrix {
         let [rows, cols] = match self {
             Self::Dense(weight) => return weight.clone(),
             Self::Packed(packed) => packed.shape,
@@ -85,13 +84,12 @@ impl DeviceLinear {
     /// Those of [`LinearWeight::read`]; [`Error::Unsupported`] for groups that the GPU does not read.
     pub fn load(gpu: &Gpu, source: &dyn TensorSource, spec: &ModelSpec, linear: &LinearSpec) -> Result<Self> {
         let shape = [linear.out_features, linear.in_features];
-        let (weight, bias) = match dense_bf16(source, &format!("{}.weight", linear.name), &shape)? {
-            Some(bytes) => {
+        let (weight, bias) = match dense_bf16(gpu, source, &format!("{}.weight", linear.name), shape)? {
+            Some(weight) => {
                 let bias = match linear.bias {
                     true => Some(source.read_f32_checked(&format!("{}.bias", linear.name), &shape[..1])?),
                     false => None,
                 };
-                let weight = gpu.upload_bytes(bytes, shape[0], shape[1], Element::Bf16);
                 (DeviceWeight::Dense(weight), bias)
             }
             None => {
@@ -208,11 +206,15 @@ impl DeviceLinear {
     }
 }
 
-/// The bytes of a tensor that is stored in bfloat16, checked as `read_f32_checked` does; `None` for other types.
+/// Bytes that one task copies.
+const COPIED: usize = 1 << 20;
+
+/// A tensor that is stored in bfloat16, copied straight to pinned memory and checked as `read_f32_checked` does; `None`
+/// for other types.
 ///
 /// # Errors
 /// [`Error::Tensor`] for another shape, [`Error::NotFinite`].
-pub(super) fn dense_bf16(source: &dyn TensorSource, name: &str, shape: &[usize]) -> Result<Option<Vec<u8>>> {
+fn dense_bf16(gpu: &Gpu, source: &dyn TensorSource, name: &str, shape: [usize; 2]) -> Result<Option<Matrix>> {
     let Some(info) = source.info(name).filter(|info| info.dtype == DType::BF16) else {
         return Ok(None);
     };
@@ -223,21 +225,23 @@ pub(super) fn dense_bf16(source: &dyn TensorSource, name: &str, shape: &[usize])
             format!("{:?}", info.shape),
         ));
     }
-    let bytes = source.bytes(name)?.into_owned();
-    let bad: usize = bytes
-        .par_chunks(1 << 20)
-        .map(|chunk| {
-            let pairs = chunk.as_chunks::<2>().0.iter();
-            pairs
-                .filter(|pair| !bf16::from_le_bytes(**pair).is_finite())
-                .count()
-        })
-        .sum();
+    let stored = source.bytes(name)?;
+    let copy = |(target, stored): (&mut [u8], &[u8])| -> usize {
+        target.copy_from_slice(stored);
+        let numbers = target.as_chunks::<2>().0.iter();
+        numbers
+            .map(|pair| usize::from(u16::from_le_bytes(*pair) & 0x7F80 == 0x7F80))
+            .sum()
+    };
+    let (matrix, bad) = gpu.upload_with(shape, Element::Bf16, |target| {
+        let pieces = target.par_chunks_mut(COPIED).zip(stored.par_chunks(COPIED));
+        pieces.map(copy).sum::<usize>()
+    });
     if bad > 0 {
         let what = format!("tensor `{name}`");
         return Err(Error::NotFinite { what, found: bad });
     }
-    Ok(Some(bytes))
+    Ok(Some(matrix))
 }
 
 /// A table `[rows, cols]` in bfloat16, dequantized if it is packed.
@@ -252,8 +256,8 @@ pub(super) fn load_table(
     shape: [usize; 2],
 ) -> Result<Matrix> {
     let module = name.trim_end_matches(".weight");
-    if let Some(bytes) = dense_bf16(source, &format!("{module}.weight"), &shape)? {
-        return Ok(gpu.upload_bytes(bytes, shape[0], shape[1], Element::Bf16));
+    if let Some(table) = dense_bf16(gpu, source, &format!("{module}.weight"), shape)? {
+        return Ok(table);
     }
     let values = WeightKind::read(source, spec.quantization.as_ref(), module, shape)?.into_dense();
     Ok(gpu.upload_bf16(&values, shape[0], shape[1]))

@@ -17,11 +17,15 @@ pub fn check() -> Result<()> {
     if !unsafe { cudarc::driver::sys::is_culib_present() } {
         return missing("no NVIDIA driver was found: `libcuda.so.1` is not on the loader's path".to_owned());
     }
+    let no_device = cudarc::driver::sys::CUresult::CUDA_ERROR_NO_DEVICE;
     if let Err(error) = cudarc::driver::result::init() {
+        if error.0 == no_device {
+            return missing(no_gpu());
+        }
         return missing(format!("the NVIDIA driver does not start: {error:?}"));
     }
     match cudarc::driver::result::device::get_count() {
-        Ok(0) => return missing("the NVIDIA driver finds no GPU".to_owned()),
+        Ok(0) => return missing(no_gpu()),
         Ok(_) => {}
         Err(error) => return missing(format!("the NVIDIA driver cannot list its GPUs: {error:?}")),
     }
@@ -41,6 +45,13 @@ pub fn check() -> Result<()> {
             found.map_or(String::new(), |path| format!(" (no `{}`)", path.display()))
         )),
     }
+}
+
+/// That there is a driver and no GPU, or none that it may use.
+fn no_gpu() -> String {
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES");
+    let hidden = visible.map_or(String::new(), |own| format!(" (CUDA_VISIBLE_DEVICES is `{own}`)"));
+    format!("the NVIDIA driver finds no GPU{hidden}")
 }
 
 /// The toolkit that the run-time compiler will take its headers from; the places are CubeCL's.

@@ -4,7 +4,8 @@ use super::*;
 use olive_core::DType;
 use olive_core::arch::Activation;
 use olive_core::decoder::DropoutStream;
-use olive_core::packed::QuantMatrix;
+use olive_core::packed::nf4::{self, Nf4Options, QuantType};
+use olive_core::packed::{QuantMatrix, awq_gemm};
 
 const ROWS: usize = 37;
 const WIDTH: usize = 328;
@@ -124,8 +125,14 @@ fn gates_and_their_gradients_follow_the_formula() {
 #[test]
 fn softmax_sees_its_window_and_has_its_gradient() {
     let Some(gpu) = gpu() else { return };
-    for (heads, keys, window) in [(3, 40, usize::MAX), (2, 45, 7), (1, 300, 300)] {
-        let stride = keys + 3;
+    for (heads, keys, window, stride) in [
+        (3, 40, usize::MAX, 43),
+        (2, 45, 7, 48),
+        (1, 300, 300, 304),
+        (2, 512, usize::MAX, 512),
+        (1, 700, 90, 704),
+        (1, 2100, usize::MAX, 2104),
+    ] {
         let rows = heads * keys;
         let scale = 0.37;
         let (scores, slopes) = (noise(rows * stride, 1), noise(rows * stride, 2));
@@ -208,7 +215,7 @@ fn cross_entropy_and_its_gradient_follow_the_formula() {
 #[test]
 fn masks_are_those_of_the_cpu() {
     let Some(gpu) = gpu() else { return };
-    for (width, first) in [(WIDTH, 0), (33, 5)] {
+    for (width, first) in [(WIDTH, 0), (33, 5), (24, 3), (20, 1)] {
         let x = rounded(&noise(ROWS * width, 1));
         let stream = DropoutStream::new(0.3, 7, first).child(11);
         let mask = stream.mask(ROWS, width);
@@ -300,6 +307,252 @@ fn packed_weights_are_dequantized_as_on_the_host() {
             assert_eq!(gpu.download_f32(&out).unwrap(), rounded(&matrix.dequantize()));
         }
     }
+}
+
+#[test]
+fn normal_floats_are_dequantized_as_on_the_host() {
+    let Some(gpu) = gpu() else { return };
+    let (rows, cols) = (24, 320);
+    for (quant_type, double) in [
+        (QuantType::Nf4, false),
+        (QuantType::Nf4, true),
+        (QuantType::Fp4, false),
+    ] {
+        let options = Nf4Options {
+            quant_type,
+            double_quant: double,
+            ..Nf4Options::default()
+        };
+        let matrix = nf4::quantize(
+            "weight",
+            &noise(rows * cols, 5),
+            [rows, cols],
+            options,
+            DType::BF16,
+        )
+        .unwrap();
+        let packed = gpu.upload_nf4("weight", &matrix).unwrap();
+        let out = gpu.empty(rows, cols, Element::Bf16);
+        gpu.dequantize_nf4(&packed, &out);
+        assert_eq!(gpu.download_f32(&out).unwrap(), rounded(&matrix.dequantize()));
+    }
+}
+
+/// The 4-bit grid of a group and its values on it, as olive-quant's `Affine` rounds.
+fn grid(group: &[f32]) -> (f32, f32, Vec<u8>) {
+    let low = group.iter().fold(0.0f32, |low, w| low.min(*w));
+    let high = group.iter().fold(0.0f32, |high, w| high.max(*w));
+    let scale = half::f16::from_f32((high - low).max(1e-5) / 15.0).to_f32();
+    let zero = (-(low / scale).round_ties_even()).clamp(0.0, 15.0);
+    let level = |w: &f32| ((w / scale).round_ties_even() + zero).clamp(0.0, 15.0) as u8;
+    (scale, zero, group.iter().map(level).collect())
+}
+
+#[test]
+fn weights_are_packed_as_on_the_host() {
+    let Some(gpu) = gpu() else { return };
+    for (rows, cols, size) in [(40, 256, 128), (8, 96, 32), (200, 320, 64)] {
+        let mut weight = noise(rows * cols, 7);
+        // Groups on one side of zero, and one that is constant.
+        weight[..size].iter_mut().for_each(|w| *w = w.abs() + 0.5);
+        weight[size..2 * size].fill(-0.25);
+        let (mut values, mut scales, mut zeros, mut error) = (Vec::new(), Vec::new(), Vec::new(), 0.0);
+        for group in weight.chunks_exact(size) {
+            let (scale, zero, levels) = grid(group);
+            for (w, level) in group.iter().zip(&levels) {
+                let d = f64::from((f32::from(*level) - zero) * scale) - f64::from(*w);
+                error += d * d;
+            }
+            values.extend(levels);
+            scales.push(scale);
+            zeros.push(zero as u8);
+        }
+        let whole: f64 = weight.iter().map(|w| f64::from(*w) * f64::from(*w)).sum();
+        let scales = (scales, DType::F16);
+        let matrix = QuantMatrix::pack([rows, cols], 4, size, &values, scales, Some(&zeros)).unwrap();
+        let want = awq_gemm::store(&matrix).unwrap();
+        let packed = gpu
+            .pack_awq("weight", &gpu.upload_f32(&weight, rows, cols), size)
+            .unwrap();
+        let (found, relative) = gpu.unload_awq("weight", &packed).unwrap();
+        assert_eq!(found, want, "{rows} {cols} {size}");
+        assert!((relative / (error / whole).sqrt() - 1.0).abs() < 1e-4);
+    }
+    let refused = gpu.pack_awq("odd", &gpu.upload_f32(&[0.0; 96], 12, 8), 8);
+    assert!(refused.is_err_and(|error| error.to_string().contains("odd")));
+}
+
+#[test]
+fn clips_have_the_least_error_alone_and_among_the_others() {
+    let Some(gpu) = gpu() else { return };
+    let (rows, cols, size, steps, tokens) = (19, 96, 32, 20, 200);
+    let cubed = |seed| {
+        noise(rows * cols, seed)
+            .iter()
+            .map(|v| v * v * v)
+            .collect::<Vec<f32>>()
+    };
+    let weight = cubed(1);
+    let x = f64s(&noise(tokens * cols, 2));
+    let gram: Vec<f64> = (0..cols * cols)
+        .map(|at| {
+            (0..tokens)
+                .map(|t| x[t * cols + at / cols] * x[t * cols + at % cols])
+                .sum()
+        })
+        .collect();
+    let delta = |group: &[f32], step: usize| -> Vec<f64> {
+        let most =
+            group.iter().fold(0.0f32, |most, w| most.max(w.abs())) * (1.0 - step as f32 / (2 * steps) as f32);
+        let clamped: Vec<f32> = group.iter().map(|w| w.clamp(-most, most)).collect();
+        let (scale, zero, levels) = grid(&clamped);
+        let values = levels.iter().map(|level| (f32::from(*level) - zero) * scale);
+        values
+            .zip(group)
+            .map(|(q, w)| f64::from(q) - f64::from(*w))
+            .collect()
+    };
+    let grid = ClipGrid {
+        group_size: size,
+        steps,
+        levels: 15.0,
+    };
+    let groups = cols / size;
+    let device = gpu.upload_f32(&weight, rows, cols);
+    let device_gram: Vec<f32> = gram.iter().map(|v| *v as f32).collect();
+    let device_gram = gpu.upload_f32(&device_gram, cols, cols);
+    let deltas = gpu.clip_deltas(&device, grid);
+    let products = gpu.empty(deltas.rows, size, Element::F32);
+    let apart = rows * steps * size;
+    let product = Product::new(
+        [rows * steps, size, size],
+        deltas.view().every(apart),
+        device_gram.view().every(size * (cols + 1)),
+        products.view().every(apart),
+    );
+    gpu.product(product.batch(groups));
+    let own = gpu.empty(groups, rows * steps, Element::F32);
+    gpu.clip_errors([&deltas, &products], grid, (0, rows), &own);
+    // Each group's own error, over its block of the Gram matrix.
+    let form = |a: &[f64], first_a: usize, b: &[f64], first_b: usize| -> f64 {
+        let row = |i: usize| -> f64 {
+            b.iter()
+                .enumerate()
+                .map(|(j, b)| gram[(first_a + i) * cols + first_b + j] * b)
+                .sum()
+        };
+        a.iter().enumerate().map(|(i, a)| a * row(i)).sum()
+    };
+    let at = |row: usize, group: usize| &weight[row * cols + group * size..][..size];
+    let mut want = Vec::new();
+    for group in 0..groups {
+        for row in 0..rows {
+            for step in 0..steps {
+                let d = delta(at(row, group), step);
+                want.push(form(&d, group * size, &d, group * size));
+            }
+        }
+    }
+    close(&gpu.download_f32(&own).unwrap(), &want, 1e-4, "own errors");
+    let [device_delta, chosen] = gpu.choose_alone(&device, &own, grid);
+    let alone = gpu.download_f32(&chosen).unwrap();
+    let mut current = f64s(&gpu.download_f32(&device_delta).unwrap());
+    for (place, errors) in want.chunks_exact(steps).enumerate() {
+        let least = errors.iter().fold(f64::INFINITY, |least, e| least.min(*e));
+        assert!(errors[alone[place] as usize] <= least * (1.0 + 1e-4), "{place}");
+        let (group, row) = (place / rows, place % rows);
+        let want = delta(at(row, group), alone[place] as usize);
+        let found: Vec<f32> = current[row * cols + group * size..][..size]
+            .iter()
+            .map(|v| *v as f32)
+            .collect();
+        close(&found, &want, 1e-4, "delta");
+    }
+    // One group, given the others.
+    let group = 1;
+    let others: Vec<f32> = (0..rows)
+        .flat_map(|row| {
+            let current = &current;
+            let gram = &gram;
+            (0..size).map(move |i| {
+                let outside = (0..cols).filter(|col| col / size != group);
+                outside
+                    .map(|col| current[row * cols + col] * gram[col * cols + group * size + i])
+                    .sum::<f64>() as f32
+            })
+        })
+        .collect();
+    let device_others = gpu.upload_f32(&others, rows, size);
+    gpu.choose_jointly(
+        &device,
+        (grid, group),
+        &own,
+        &device_others,
+        [&device_delta, &chosen],
+    );
+    let jointly = gpu.download_f32(&chosen).unwrap();
+    current = f64s(&gpu.download_f32(&device_delta).unwrap());
+    let mut differ = 0;
+    for row in 0..rows {
+        let error = |step: usize| -> f64 {
+            let d = delta(at(row, group), step);
+            let cross: f64 = d
+                .iter()
+                .zip(&others[row * size..])
+                .map(|(d, o)| d * f64::from(*o))
+                .sum();
+            form(&d, group * size, &d, group * size) + 2.0 * cross
+        };
+        let found = jointly[group * rows + row] as usize;
+        let errors: Vec<f64> = (0..steps).map(error).collect();
+        let least = errors.iter().fold(f64::INFINITY, |least, e| least.min(*e));
+        let largest = errors.iter().fold(0.0f64, |most, e| most.max(e.abs()));
+        assert!(
+            errors[found] <= least + 1e-4 * largest,
+            "{row}: {found} {errors:?}"
+        );
+        differ += usize::from(found != alone[group * rows + row] as usize);
+        let found_delta: Vec<f32> = current[row * cols + group * size..][..size]
+            .iter()
+            .map(|v| *v as f32)
+            .collect();
+        close(&found_delta, &delta(at(row, group), found), 1e-4, "delta");
+    }
+    assert!(differ > 0, "judging jointly changed nothing");
+    gpu.clamp_groups(&device, grid, &chosen);
+    let clamped = gpu.download_f32(&device).unwrap();
+    for row in 0..rows {
+        for group in 0..groups {
+            let most = at(row, group).iter().fold(0.0f32, |most, w| most.max(w.abs()))
+                * (1.0 - jointly[group * rows + row] / (2 * steps) as f32);
+            for (found, w) in clamped[row * cols + group * size..].iter().zip(at(row, group)) {
+                assert!((found - w.clamp(-most, most)).abs() <= 1e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_of_columns_and_of_halves_are_sums() {
+    let Some(gpu) = gpu() else { return };
+    let x = noise(ROWS * WIDTH, 1);
+    let device = gpu.upload_f32(&x, ROWS, WIDTH);
+    let totals: Vec<f64> = (0..WIDTH)
+        .map(|col| (0..ROWS).map(|row| f64::from(x[row * WIDTH + col])).sum())
+        .collect();
+    let found = gpu.download_f32(&gpu.column_totals(&device)).unwrap();
+    close(&found, &totals, SINGLE, "columns");
+    let halves = rounded(&noise(ROWS * WIDTH, 2));
+    let dot: f64 = halves
+        .iter()
+        .zip(&x)
+        .map(|(a, b)| f64::from(*a) * f64::from(*b))
+        .sum();
+    let shares = gpu.empty(1, SHARES, Element::F32);
+    gpu.dot_half_shares(&gpu.upload_bf16(&halves, ROWS, WIDTH), &device, &shares);
+    assert!((gpu.total(&shares).unwrap() / dot - 1.0).abs() < 1e-4);
+    let sum: f64 = x.iter().map(|v| f64::from(*v)).sum();
+    assert!((gpu.sum(&device).unwrap() / sum - 1.0).abs() < 1e-4);
 }
 
 #[test]

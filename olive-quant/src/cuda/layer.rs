@@ -1,9 +1,9 @@
 //! The weights of one layer on the device, as they are scaled and clipped.
 
-use olive_core::cuda::{DeviceLayer, DeviceWeight, Gpu, Matrix};
+use olive_core::cuda::{DeviceLayer, DeviceWeight, Gpu, Matrix, PackedAwq};
 use olive_core::{Error, LinearRole, LinearSpec, ModelSpec, Result, TensorSource};
-use rayon::prelude::*;
 
+use crate::encode::Encoded;
 use crate::layer::{LayerLinear, LayerWeights};
 use crate::options::QuantizeOptions;
 use crate::quantizer::awq::mapping::{Mapping, Producer};
@@ -141,27 +141,66 @@ impl DeviceLayerWeights {
         placed
     }
 
-    /// All of it in host memory.
+    /// Rounds and packs the linears that are quantized; what else the layer stores stays as it is.
     ///
     /// # Errors
-    /// Those of reading from the device.
-    pub fn into_host(mut self, gpu: &Gpu) -> Result<LayerWeights> {
-        for (linear, host) in self.linears.iter().zip(&mut self.host.linears) {
-            let bytes = gpu.download(&linear.weight)?;
-            let mut values = vec![0.0f32; bytes.len() / size_of::<f32>()];
-            values
-                .par_chunks_mut(1 << 16)
-                .zip(bytes.par_chunks(4 << 16))
-                .for_each(|(values, bytes)| {
-                    let words = bytes.as_chunks::<4>().0;
-                    values
-                        .iter_mut()
-                        .zip(words)
-                        .for_each(|(v, b)| *v = f32::from_le_bytes(*b));
-                });
-            host.weight = values;
+    /// Those of [`Gpu::pack_awq`].
+    pub fn pack(self, gpu: &Gpu, options: &QuantizeOptions) -> Result<PackedLayer> {
+        let linears = self.linears.into_iter().map(|linear| {
+            let name = linear.spec.name;
+            let content = match linear.converts {
+                true => {
+                    let group_size = options.group_for(linear.spec.in_features);
+                    Content::Packed(gpu.pack_awq(&format!("{name}.weight"), &linear.weight, group_size)?)
+                }
+                false => Content::Dense(linear.weight),
+            };
+            Ok((name, content))
+        });
+        Ok(PackedLayer {
+            linears: linears.collect::<Result<_>>()?,
+            host: self.host,
+        })
+    }
+}
+
+/// A finished linear on the device.
+enum Content {
+    Packed(PackedAwq),
+    Dense(Matrix),
+}
+
+/// A finished layer, its linears on the device.
+pub(super) struct PackedLayer {
+    linears: Vec<(String, Content)>,
+    host: LayerWeights,
+}
+
+impl PackedLayer {
+    /// Norms, biases and dense linears, and of each packed linear its tensors and the error of its rounding.
+    ///
+    /// # Errors
+    /// Those of [`Gpu::unload_awq`].
+    pub fn unload(mut self, gpu: &Gpu) -> Result<(LayerWeights, Vec<Encoded>, Vec<f64>)> {
+        let (mut tensors, mut errors) = (Vec::new(), Vec::new());
+        for ((name, content), host) in self.linears.iter().zip(&mut self.host.linears) {
+            match content {
+                Content::Dense(weight) => {
+                    host.weight = gpu.download_f32(weight)?;
+                    errors.push(0.0);
+                }
+                Content::Packed(packed) => {
+                    let (parts, error) = gpu.unload_awq(&format!("{name}.weight"), packed)?;
+                    tensors.extend([
+                        (format!("{name}.qweight"), parts.qweight),
+                        (format!("{name}.qzeros"), parts.qzeros),
+                        (format!("{name}.scales"), parts.scales),
+                    ]);
+                    errors.push(error);
+                }
+            }
         }
-        Ok(self.host)
+        Ok((self.host, tensors, errors))
     }
 }
 

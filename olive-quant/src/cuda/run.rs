@@ -1,4 +1,4 @@
-//! The run on the device: layers in turn, the next one read while this one is searched, finished ones packed beside.
+//! The run on the device: layers in turn, the next one read while this one is searched, finished ones fetched and stored beside.
 
 use std::path::Path;
 use std::sync::Mutex;
@@ -11,8 +11,8 @@ use olive_core::cuda::{
 use olive_core::decoder::DropoutStream;
 use olive_core::{CancelToken, Error, LinearRole, ModelHandle, Progress, Result};
 
-use super::clip::clip;
-use super::layer::DeviceLayerWeights;
+use super::clip::{Clip, clip};
+use super::layer::{DeviceLayerWeights, PackedLayer};
 use super::search::DeviceSearch;
 use super::statistics::DeviceStatistics;
 use crate::calibrate::Half;
@@ -22,12 +22,12 @@ use crate::options::{Algorithm, QuantizeOptions};
 use crate::quantizer::awq::mapping::{LinearInput, Mapping, mappings};
 use crate::quantizer::awq::search::Choice;
 use crate::quantizer::awq::{AwqLayer, mapping_report_of};
-use crate::report::{ClipReport, LayerReport, MappingReport, QuantizeReport};
+use crate::report::{LayerReport, LinearReport, MappingReport, QuantizeReport};
 use crate::run::{Run, quantize, quantize_with, summary};
 
 /// Tokens that go through a layer together.
 const CHUNK_TOKENS: usize = 8192;
-/// Threads that round and pack finished layers, and layers that may wait for them.
+/// Threads that fetch and store finished layers.
 const PACKERS: usize = 3;
 /// The largest relative change of a layer's halves that moving scales may cause: rounding of bfloat16.
 const PRESERVATION_TOLERANCE: f64 = 2e-2;
@@ -59,9 +59,9 @@ pub fn quantize_on_gpu(
 }
 
 /// Some sequences of one length and their residual stream.
-struct Chunk {
-    batch: Batch,
-    hidden: Matrix,
+pub(super) struct Chunk {
+    pub batch: Batch,
+    pub hidden: Matrix,
 }
 
 /// A half of a layer on some sequences.
@@ -86,16 +86,28 @@ fn layers(gpu: &Gpu, run: &Run<'_>, calibration: &CalibrationSet) -> Result<Vec<
         return Ok(reports.into_iter().flatten().collect());
     };
     let mappings = mappings(spec);
-    let mut chunks = embed(gpu, run, calibration)?;
+    let (chunks, first) = rayon::join(
+        || embed(gpu, run.model, calibration),
+        || DeviceLayer::load(gpu, source, spec, 0),
+    );
+    let (mut chunks, first) = (chunks?, first?);
     let (sender, receiver) = sync_channel::<Finished>(1);
     let receiver = Mutex::new(receiver);
     let packed: Mutex<Vec<LayerReport>> = Mutex::new(Vec::new());
     let result = std::thread::scope(|scope| -> Result<()> {
         let packers: Vec<_> = (0..PACKERS)
-            .map(|_| scope.spawn(|| pack(run, &receiver, &packed)))
+            .map(|_| scope.spawn(|| pack(gpu, run, &receiver, &packed)))
             .collect();
+        // Embedding and head are written while the first layers are searched.
+        let ends = scope.spawn(|| {
+            let mut assembly = run
+                .assembly
+                .lock()
+                .map_err(|_| stopped("writing the checkpoint"))?;
+            assembly.add_ends(run.model, run.options)
+        });
         let searched = (|| -> Result<()> {
-            let mut next = Some(DeviceLayer::load(gpu, source, spec, 0)?);
+            let mut next = Some(first);
             for (index, report) in reports.iter().enumerate().take(last_open + 1) {
                 run.cancel.check()?;
                 let Some(layer) = next.take() else { break };
@@ -106,8 +118,7 @@ fn layers(gpu: &Gpu, run: &Run<'_>, calibration: &CalibrationSet) -> Result<Vec<
                 if report.is_some() {
                     pass_through(gpu, &layer, &mut chunks);
                 } else {
-                    let awq = search(gpu, run, &mappings, &layer, &chunks)?;
-                    let finished = Finished { awq, started };
+                    let finished = search(gpu, run, &mappings, &layer, &chunks, started)?;
                     // A packer that failed no longer listens; what failed is said below.
                     if sender.send(finished).is_err() {
                         break;
@@ -115,8 +126,10 @@ fn layers(gpu: &Gpu, run: &Run<'_>, calibration: &CalibrationSet) -> Result<Vec<
                 }
                 run.progress.update(index as u64 + 1, "");
                 if let Some(ahead) = ahead {
+                    let waited = Instant::now();
                     let loaded = ahead.join().map_err(|_| stopped("reading a layer"))?;
                     next = Some(loaded?);
+                    tracing::debug!("layer {index}: waited {:?} for the next one", waited.elapsed());
                 }
             }
             Ok(())
@@ -127,6 +140,7 @@ fn layers(gpu: &Gpu, run: &Run<'_>, calibration: &CalibrationSet) -> Result<Vec<
             .map(|packer| packer.join().map_err(|_| stopped("packing a layer"))?)
             .collect();
         outcomes.into_iter().collect::<Result<()>>()?;
+        ends.join().map_err(|_| stopped("writing the checkpoint"))??;
         searched
     });
     result?;
@@ -142,30 +156,98 @@ fn stopped(what: &str) -> Error {
     Error::unsupported(what.to_owned(), "its thread stopped without a result")
 }
 
-/// A searched layer on its way to the packers.
+/// A searched layer on its way to the packers, still on the device.
 struct Finished {
-    awq: AwqLayer,
+    layer: PackedLayer,
+    preservation_error: f64,
+    mappings: Vec<MappingReport>,
+    clips: Vec<(LinearRole, Clip)>,
     started: Instant,
 }
 
-/// Rounds, packs and stores what arrives, until nothing more does.
-fn pack(run: &Run<'_>, receiver: &Mutex<Receiver<Finished>>, packed: &Mutex<Vec<LayerReport>>) -> Result<()> {
+impl Finished {
+    /// Fetches it from the device and stores it.
+    fn store(self, gpu: &Gpu, run: &Run<'_>) -> Result<LayerReport> {
+        let (weights, tensors, errors) = self.layer.unload(gpu)?;
+        let clips = self
+            .clips
+            .iter()
+            .map(|(role, clip)| Ok((*role, clip.report(gpu)?)));
+        let clips = clips.collect::<Result<Vec<_>>>()?;
+        let linears = weights.linears.iter().zip(errors).map(|(linear, weight_error)| {
+            let clip = clips.iter().find(|(role, _)| *role == linear.spec.role);
+            LinearReport {
+                name: linear.spec.name.clone(),
+                quantized: linear.converts,
+                weight_error,
+                clip: clip.map(|(_, clip)| *clip),
+            }
+        });
+        let linears = linears.collect();
+        let index = weights.index;
+        let awq = AwqLayer {
+            weights,
+            preservation_error: self.preservation_error,
+            mappings: self.mappings,
+            clips,
+        };
+        run.store_layer(index, awq, (tensors, linears), self.started)
+    }
+}
+
+/// Fetches and stores what arrives, until nothing more does.
+fn pack(
+    gpu: &Gpu,
+    run: &Run<'_>,
+    receiver: &Mutex<Receiver<Finished>>,
+    packed: &Mutex<Vec<LayerReport>>,
+) -> Result<()> {
     loop {
         let next = receiver.lock().map_err(|_| stopped("packing a layer"))?.recv();
-        let Ok(Finished { awq, started }) = next else {
+        let Ok(finished) = next else {
             return Ok(());
         };
-        let index = awq.weights.index;
-        let report = run.finish_layer(index, awq, started)?;
-        tracing::debug!("layer {index}: {}", summary(&report));
+        let report = finished.store(gpu, run)?;
+        tracing::debug!("layer {}: {}", report.layer, summary(&report));
         if let Ok(mut packed) = packed.lock() {
             packed.push(report);
         }
     }
 }
 
-fn embed(gpu: &Gpu, run: &Run<'_>, calibration: &CalibrationSet) -> Result<Vec<Chunk>> {
-    let (spec, source) = (run.model.spec(), run.model.tensors());
+/// How long the parts of a layer take, for debug logs; only then does it wait for the device in between.
+struct Stages<'a> {
+    gpu: &'a Gpu,
+    layer: usize,
+    enabled: bool,
+    since: Instant,
+}
+
+impl<'a> Stages<'a> {
+    fn new(gpu: &'a Gpu, layer: usize) -> Self {
+        Self {
+            gpu,
+            layer,
+            enabled: tracing::enabled!(tracing::Level::DEBUG),
+            since: Instant::now(),
+        }
+    }
+
+    /// What was done since the last call.
+    fn done(&mut self, what: &str) -> Result<()> {
+        if self.enabled {
+            self.gpu.sync()?;
+            let seconds = self.since.elapsed().as_secs_f64();
+            tracing::debug!("layer {}: {what} took {seconds:.4} s", self.layer);
+            self.since = Instant::now();
+        }
+        Ok(())
+    }
+}
+
+/// The embeddings of the calibration's sequences.
+pub(super) fn embed(gpu: &Gpu, model: &dyn ModelHandle, calibration: &CalibrationSet) -> Result<Vec<Chunk>> {
+    let (spec, source) = (model.spec(), model.tensors());
     let embedding = DeviceEmbedding::load(gpu, source, spec)?;
     let mut order: Vec<&Vec<u32>> = calibration.sequences.iter().filter(|s| !s.is_empty()).collect();
     order.sort_by_key(|sequence| sequence.len());
@@ -191,7 +273,7 @@ fn embed(gpu: &Gpu, run: &Run<'_>, calibration: &CalibrationSet) -> Result<Vec<C
 }
 
 /// A pass over `batch` without dropout or packed weights.
-fn plain<'a>(batch: &'a Batch, scratch: &'a Matrix) -> Pass<'a> {
+pub(super) fn plain<'a>(batch: &'a Batch, scratch: &'a Matrix) -> Pass<'a> {
     Pass {
         batch,
         dropout: Dropout::new(&DropoutStream::new(0.0, 0, 0), &batch.places),
@@ -206,8 +288,8 @@ fn pass_through(gpu: &Gpu, layer: &DeviceLayer, chunks: &mut [Chunk]) {
     }
 }
 
-/// The output of a half, residual not included.
-fn half_output(
+/// The input of the last linear of a half, and its output, residual not included.
+pub(super) fn half_output(
     gpu: &Gpu,
     half: Half,
     layer: &DeviceLayer,
@@ -222,7 +304,8 @@ fn half_output(
     (last_input, output)
 }
 
-fn norm(gpu: &Gpu, half: Half, layer: &DeviceLayer, x: &Matrix) -> Matrix {
+/// The normalised input of a half.
+pub(super) fn norm(gpu: &Gpu, half: Half, layer: &DeviceLayer, x: &Matrix) -> Matrix {
     match half {
         Half::Attention => layer.norm_input(gpu, x),
         Half::Mlp => layer.norm_middle(gpu, x),
@@ -236,8 +319,10 @@ fn search(
     mappings: &[Mapping],
     layer: &DeviceLayer,
     chunks: &[Chunk],
-) -> Result<AwqLayer> {
+    started: Instant,
+) -> Result<Finished> {
     let (spec, source) = (run.model.spec(), run.model.tensors());
+    let mut stages = Stages::new(gpu, layer.index);
     let scratch = &gpu.empty(1, 8, Element::Bf16);
     let mut weights = DeviceLayerWeights::new(gpu, source, spec, layer, run.options)?;
     let first = chunks
@@ -270,18 +355,25 @@ fn search(
                 output,
             });
         }
+        stages.done("forward and statistics")?;
         let elements: usize = halves.iter().map(|half| half.output.len()).sum();
         let judge = |other: &DeviceLayer, limit: f64| -> Result<Option<f64>> {
             let mut sum = 0.0;
+            // The next chunk is queued before the last one's sum is asked for: the device never waits.
+            let mut last: Option<Matrix> = None;
             for chunk in &halves {
                 run.cancel.check()?;
                 let (_, output) = half_output(gpu, half, other, &chunk.normed, &plain(chunk.batch, scratch));
-                sum += gpu.square_difference(&output, &chunk.output)?;
+                let shares = gpu.square_difference_shares(&output, &chunk.output);
+                if let Some(last) = last.replace(shares) {
+                    sum += gpu.total(&last)?;
+                }
                 if sum > limit * elements as f64 {
                     return Ok(None);
                 }
             }
-            Ok(Some(sum / elements as f64))
+            sum += last.map_or(Ok(0.0), |last| gpu.total(&last))?;
+            Ok((sum <= limit * elements as f64).then_some(sum / elements as f64))
         };
         for (input, statistics) in half.inputs().into_iter().zip(statistics.into_iter().flatten()) {
             for mapping in mappings.iter().filter(|mapping| mapping.input == input) {
@@ -298,6 +390,7 @@ fn search(
             }
             inputs.push((input, statistics.gram));
         }
+        stages.done("search")?;
         let outputs: Vec<Matrix> = halves.into_iter().map(|half| half.output).collect();
         for (chunk, output) in chunks.iter().zip(outputs) {
             gpu.add(&chunk.hidden, &output);
@@ -307,12 +400,17 @@ fn search(
         weights.apply(gpu, mapping, &choice.scales)?;
     }
     let preservation_error = verify(gpu, run, layer, &weights.placed_in(gpu, layer), &sample)?;
-    let clips = clips(gpu, run.options, &weights, inputs, &choices)?;
-    Ok(AwqLayer {
-        weights: weights.into_host(gpu)?,
+    stages.done("scaling and its check")?;
+    let clips = clips(gpu, run.options, &weights, inputs, &choices);
+    stages.done("clips")?;
+    let layer = weights.pack(gpu, run.options)?;
+    stages.done("packing")?;
+    Ok(Finished {
+        layer,
         preservation_error,
         mappings: choices.into_iter().map(|(_, _, report)| report).collect(),
         clips,
+        started,
     })
 }
 
@@ -323,10 +421,10 @@ fn clips(
     weights: &DeviceLayerWeights,
     inputs: Vec<(LinearInput, Matrix)>,
     choices: &[(&Mapping, Choice, MappingReport)],
-) -> Result<Vec<(LinearRole, ClipReport)>> {
+) -> Vec<(LinearRole, Clip)> {
     let mut clips = Vec::new();
     if !options.clip {
-        return Ok(clips);
+        return clips;
     }
     let levels = ((1u32 << options.bits) - 1) as f32;
     for (input, gram) in inputs {
@@ -341,10 +439,10 @@ fn clips(
                 continue;
             }
             let group_size = options.group_for(linear.spec.in_features);
-            clips.push((role, clip(gpu, &linear.weight, &gram, group_size, levels)?));
+            clips.push((role, clip(gpu, &linear.weight, &gram, group_size, levels)));
         }
     }
-    Ok(clips)
+    clips
 }
 
 /// Relative change of the layer's two halves on the first tokens.

@@ -1,9 +1,8 @@
 //! The search for the scales of a mapping on the device.
 
-use olive_core::cuda::{DeviceLayer, DeviceWeight, Gpu};
+use olive_core::cuda::{DeviceLayer, DeviceWeight, Element, Gpu, Matrix, Product, SHARES};
 use olive_core::{Error, Result};
 
-use super::clip::product_with;
 use super::layer::{DeviceLayerWeights, DeviceLinearWeight};
 use super::statistics::{DeviceStatistics, column_sums};
 use crate::options::{QuantizeOptions, Search};
@@ -12,7 +11,7 @@ use crate::quantizer::awq::scale::{Candidate, candidate_scales, grid};
 use crate::quantizer::awq::search::{Choice, HYBRID_CANDIDATES, Measure};
 
 /// Rows whose rounding error exists at a time.
-const ROWS: usize = 4096;
+const ROWS: usize = 8192;
 
 /// Judges a layer with other weights by the output of the half that is searched: mean squared difference over all
 /// tokens, `None` as soon as it is certain to exceed the limit.
@@ -107,7 +106,10 @@ impl<'a> DeviceSearch<'a> {
         let parts: Vec<_> = self
             .linears
             .iter()
-            .map(|linear| self.gpu.share_sums(&linear.weight, group_size))
+            .map(|linear| {
+                let sums = self.gpu.share_sums(&linear.weight, group_size);
+                self.gpu.column_totals(&sums)
+            })
             .collect();
         let rows: usize = self.linears.iter().map(|linear| linear.spec.out_features).sum();
         let sums = column_sums(self.gpu, &parts)?;
@@ -121,31 +123,58 @@ impl<'a> DeviceSearch<'a> {
             .collect())
     }
 
-    /// Mean squared differences of the linears' outputs: `tr(D H Dᵀ) / (tokens · outputs)`.
+    /// Mean squared differences of the linears' outputs: `tr(D H Dᵀ) / (tokens · outputs)`. All of it is queued before
+    /// anything is asked for.
     fn gram_losses(&self, candidates: &[(Candidate, Vec<f32>)]) -> Result<Vec<f64>> {
         let outputs: usize = self.linears.iter().map(|linear| linear.spec.out_features).sum();
-        let group_size = self.options.group_for(self.statistics.gram.cols);
-        let mut shares = Vec::with_capacity(candidates.len());
-        for (_, scales) in candidates {
-            let scales = self.gpu.upload_f32(scales, 1, scales.len());
-            let mut own = Vec::new();
-            for linear in self.linears.iter().filter(|linear| linear.converts) {
-                for first in (0..linear.weight.rows).step_by(ROWS) {
-                    let rows = linear.weight.rows(first, ROWS.min(linear.weight.rows - first));
-                    let delta = self.gpu.rounding_error(&rows, &scales, group_size, self.levels());
-                    let product = product_with(self.gpu, &delta, &self.statistics.gram);
-                    own.push(self.gpu.dot_shares(&delta, &product));
-                }
+        let gram = self.gpu.round(&self.statistics.gram);
+        let pieces: Vec<Matrix> = self
+            .linears
+            .iter()
+            .filter(|linear| linear.converts)
+            .flat_map(|linear| {
+                let starts = (0..linear.weight.rows).step_by(ROWS);
+                starts.map(|first| linear.weight.rows(first, ROWS.min(linear.weight.rows - first)))
+            })
+            .collect();
+        if pieces.is_empty() {
+            return Ok(vec![0.0; candidates.len()]);
+        }
+        let all: Vec<f32> = candidates
+            .iter()
+            .flat_map(|(_, scales)| scales)
+            .copied()
+            .collect();
+        let all = self.gpu.upload_f32(&all, candidates.len(), gram.cols);
+        let shares = self
+            .gpu
+            .empty(candidates.len() * pieces.len(), SHARES, Element::F32);
+        for index in 0..candidates.len() {
+            for (place, rows) in pieces.iter().enumerate() {
+                let out = shares.rows(index * pieces.len() + place, 1);
+                self.error_shares(rows, &all.rows(index, 1), &gram, &out);
             }
-            shares.push(own);
         }
         let scale = 1.0 / (self.statistics.tokens() * outputs) as f64;
-        let sum = |own: Vec<_>| {
-            own.iter()
-                .map(|shares| self.gpu.total(shares))
-                .sum::<Result<f64>>()
-        };
-        shares.into_iter().map(|own| Ok(sum(own)? * scale)).collect()
+        let shares = self.gpu.download_f32(&shares)?;
+        let sums = shares
+            .chunks_exact(pieces.len() * SHARES)
+            .map(|own| own.iter().map(|v| f64::from(*v)).sum::<f64>() * scale);
+        Ok(sums.collect())
+    }
+
+    /// Shares of `tr(D H Dᵀ)` for some rows. Operands are bfloat16: of errors that differ by many roundings each, the
+    /// sum moves by less than a thousandth, and alike for every candidate.
+    fn error_shares(&self, rows: &Matrix, scales: &Matrix, gram: &Matrix, shares: &Matrix) {
+        let group_size = self.options.group_for(gram.cols);
+        let delta = self
+            .gpu
+            .rounding_error_half(rows, scales, group_size, self.levels());
+        let product = self.gpu.empty(delta.rows, delta.cols, Element::F32);
+        let size = [delta.rows, delta.cols, delta.cols];
+        self.gpu
+            .product(Product::new(size, delta.view(), gram.view(), product.view()));
+        self.gpu.dot_half_shares(&delta, &product, shares);
     }
 
     /// `layer` as it would act if the mapping's linears were rounded with these scales.

@@ -7,7 +7,7 @@ use olive_core::{Error, Result};
 pub(super) struct DeviceStatistics {
     /// `XᵀX`, single precision.
     pub gram: Matrix,
-    /// Sums of `|x|` over some rows each.
+    /// Sums of `|x|` over the rows of each call.
     parts: Vec<Matrix>,
     tokens: usize,
 }
@@ -25,12 +25,27 @@ impl DeviceStatistics {
     pub fn add(&mut self, gpu: &Gpu, x: &Matrix) {
         let size = [x.cols, x.cols, x.rows];
         gpu.product(Product::new(size, x.t(), x.view(), self.gram.view()).accumulate());
-        self.parts.push(gpu.abs_sums(x));
+        self.parts.push(gpu.column_totals(&gpu.abs_sums(x)));
         self.tokens += x.rows;
     }
 
     pub fn tokens(&self) -> usize {
         self.tokens
+    }
+
+    /// The Gram matrix in host memory. `module` is whose input it is of, for messages.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`]; those of reading from the device.
+    pub fn finite_gram(&self, gpu: &Gpu, module: &str) -> Result<Vec<f32>> {
+        let gram = gpu.download_f32(&self.gram)?;
+        match gram.iter().filter(|v| !v.is_finite()).count() {
+            0 => Ok(gram),
+            found => Err(Error::NotFinite {
+                what: format!("the input of `{module}`"),
+                found,
+            }),
+        }
     }
 
     /// Mean of `|x|` in each channel. `what` is for messages.

@@ -22,7 +22,7 @@ use crate::work::{Manifest, WorkFolder};
 const INTERVAL: Duration = Duration::from_secs(10);
 
 /// The unfinished result of a run.
-pub(super) struct Draft<'a> {
+pub(crate) struct Draft<'a> {
     work: WorkFolder,
     writer: CheckpointWriter,
     manifest: &'a (dyn Fn() -> Result<Manifest> + Sync),

@@ -52,7 +52,7 @@ pub(super) enum Entry {
 
 /// What is worked on together: a decoder layer, the embedding, the head.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Part {
+pub(crate) struct Part {
     pub name: String,
     pub layer: Option<usize>,
     pub targets: Vec<Target>,

@@ -9,7 +9,7 @@ use olive_core::{CancelToken, Error, ModelHandle, Progress, Result, fsio, model}
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::calibrated::Calibrated;
+use super::calibrated::{Calibrated, Calibration};
 use super::draft::Draft;
 use super::layout::{Entry, Layout, Part, Target};
 use super::options::{Rounding, UniformOptions};
@@ -102,6 +102,21 @@ pub fn quantize_uniform_on<B: Backend>(
     progress: &dyn Progress,
     cancel: &CancelToken,
 ) -> Result<UniformReport> {
+    quantize_uniform_with(model, calibration, options, output, progress, cancel, |run| {
+        Ok(Box::new(Calibrated::<B>::new(run, calibration)?))
+    })
+}
+
+/// The run around a calibration, which `start` puts before the first layer.
+pub(crate) fn quantize_uniform_with(
+    model: &dyn ModelHandle,
+    calibration: &CalibrationSet,
+    options: &UniformOptions,
+    output: &Path,
+    progress: &dyn Progress,
+    cancel: &CancelToken,
+    start: impl for<'r> Fn(&'r Run<'r>) -> Result<Box<dyn Calibration + 'r>>,
+) -> Result<UniformReport> {
     check_output(model.path(), output)?;
     check_replaceable(output)?;
     let layout = Layout::new(model, options)?;
@@ -126,9 +141,7 @@ pub fn quantize_uniform_on<B: Backend>(
         progress,
         cancel,
     };
-    let result = run
-        .copy(&layout)
-        .and_then(|()| run.parts::<B>(&layout, calibration));
+    let result = run.copy(&layout).and_then(|()| run.parts(&layout, start));
     let linears = match result {
         Ok(linears) => linears,
         Err(error) => return Err(leave(draft, error)),
@@ -162,7 +175,7 @@ fn names(layout: &Layout) -> Vec<String> {
 }
 
 /// A module rounded by GPTQ: its tensors and what the report says of it.
-pub(super) struct Packed {
+pub(crate) struct Packed {
     tensors: Vec<Encoded>,
     report: UniformLinear,
 }
@@ -189,7 +202,8 @@ impl Packed {
     }
 }
 
-pub(super) struct Run<'a> {
+/// A run whose work folder is open.
+pub(crate) struct Run<'a> {
     pub model: &'a dyn ModelHandle,
     pub rounding: Rounding,
     pub draft: &'a Draft<'a>,
@@ -199,13 +213,17 @@ pub(super) struct Run<'a> {
 
 impl Run<'_> {
     /// Finishes every part that is not finished yet.
-    fn parts<B: Backend>(&self, layout: &Layout, calibration: &CalibrationSet) -> Result<Vec<UniformLinear>> {
+    fn parts(
+        &self,
+        layout: &Layout,
+        start: impl for<'r> Fn(&'r Run<'r>) -> Result<Box<dyn Calibration + 'r>>,
+    ) -> Result<Vec<UniformLinear>> {
         let parts = &layout.parts;
         let found = parts.iter().map(|part| self.draft.finished(part));
         let found = found.collect::<Result<Vec<_>>>()?;
         let last_open = found.iter().rposition(Option::is_none);
         let mut calibrated = match last_open.filter(|_| self.rounding.calibrates()) {
-            Some(_) => Some(Calibrated::<B>::new(self, calibration)?),
+            Some(_) => Some(start(self)?),
             None => None,
         };
         self.progress.start("quantize", parts.len() as u64);

@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 use half::bf16;
 
-use super::unit_per_item;
+use super::{Float8, Half8, unit_per_item};
 use crate::cuda::device::{Gpu, Numbers};
 use crate::cuda::matrix::{Element, Matrix};
 use crate::decoder::{DropoutStream, child_key};
@@ -83,6 +83,43 @@ fn drop_out(
     }
 }
 
+/// As [`drop_out`], eight elements at a time: rows are multiples of eight, so that a pair shares its 64 bits.
+#[cube(launch_unchecked)]
+fn drop_out_eights(
+    x: &Array<Half8>,
+    out: &mut Array<Half8>,
+    places: &Array<u32>,
+    items: u32,
+    eights: u32,
+    key: u64,
+    threshold: u32,
+    keep: f32,
+    #[comptime] adds: bool,
+) {
+    if ABSOLUTE_POS < items as usize {
+        let row = ABSOLUTE_POS / eights as usize;
+        let eight = ABSOLUTE_POS % eights as usize;
+        let first = u64::cast_from(places[row]) * u64::cast_from(eights) + u64::cast_from(eight as u32);
+        let mut counter = key + first * 4u64 * 0x9E37_79B9_7F4A_7C15u64;
+        let mut kept = Float8::cast_from(x[ABSOLUTE_POS]) * Float8::new(keep);
+        #[unroll]
+        for pair in 0..4u32 {
+            let bits = mix(counter);
+            if u32::cast_from(bits & 0xFFFF_FFFFu64) < threshold {
+                kept[(2u32 * pair) as usize] = 0.0f32;
+            }
+            if u32::cast_from(bits >> 32u64) < threshold {
+                kept[(2u32 * pair + 1u32) as usize] = 0.0f32;
+            }
+            counter += 0x9E37_79B9_7F4A_7C15u64;
+        }
+        if comptime!(adds) {
+            kept += Float8::cast_from(out[ABSOLUTE_POS]);
+        }
+        out[ABSOLUTE_POS] = Half8::cast_from(kept);
+    }
+}
+
 impl Gpu {
     /// `x · mask` in bfloat16.
     pub fn drop_out(&self, x: &Matrix, dropout: &Dropout<'_>) -> Matrix {
@@ -97,9 +134,31 @@ impl Gpu {
     }
 
     fn drop(&self, x: &Matrix, dropout: &Dropout<'_>, out: &Matrix, adds: bool) {
-        let (count, dim) = unit_per_item(x.len());
         let threshold = (dropout.probability * 4_294_967_296.0) as u32;
         let keep = (1.0 / (1.0 - dropout.probability)) as f32;
+        if x.cols.is_multiple_of(8) {
+            let items = x.len() / 8;
+            let (count, dim) = unit_per_item(items);
+            // SAFETY: both have the same shape, rows of whole eights, and there is a place for each row.
+            unsafe {
+                drop_out_eights::launch_unchecked(
+                    &self.client,
+                    count,
+                    dim,
+                    x.arg(),
+                    out.arg(),
+                    dropout.places.arg(),
+                    items as u32,
+                    (x.cols / 8) as u32,
+                    dropout.key,
+                    threshold,
+                    keep,
+                    adds,
+                );
+            }
+            return;
+        }
+        let (count, dim) = unit_per_item(x.len());
         // SAFETY: both have the same shape, and there is a place for each row.
         unsafe {
             drop_out::launch_unchecked(

@@ -3,13 +3,13 @@
 use cubecl::prelude::*;
 use half::bf16;
 
-use super::{cube_max, cube_per_row, cube_sum, unit_per_item};
+use super::{Float4, Half4, cube_max, cube_per_row, cube_sum, unit_per_item};
 use crate::cuda::device::{Gpu, Numbers};
 use crate::cuda::matrix::{Element, Matrix};
 use crate::error::Result;
 
-/// Cubes that share a sum over everything.
-const SHARES: usize = 512;
+/// Cubes that share a sum over everything, and so the shares of it.
+pub const SHARES: usize = 512;
 
 /// Loss of a row, and over its logits in bfloat16 the gradient `(softmax - onehot) · scale`.
 #[cube(launch_unchecked)]
@@ -109,6 +109,38 @@ fn dot_sums(a: &Array<f32>, b: &Array<f32>, sums: &mut Array<f32>, items: u32) {
     }
 }
 
+/// As [`dot_sums`], with `a` in bfloat16, four elements at a time.
+#[cube(launch_unchecked)]
+fn dot_half_sums(a: &Array<Half4>, b: &Array<Float4>, sums: &mut Array<f32>, quads: u32) {
+    let mut shared = SharedMemory::<f32>::new(8usize);
+    let mut sum = Float4::new(0.0f32);
+    let mut i = ABSOLUTE_POS;
+    while i < quads as usize {
+        sum += Float4::cast_from(a[i]) * b[i];
+        i += CUBE_COUNT * CUBE_DIM as usize;
+    }
+    let total = cube_sum(sum[0] + sum[1] + sum[2] + sum[3], &mut shared);
+    if UNIT_POS == 0u32 {
+        sums[CUBE_POS_X as usize] = total;
+    }
+}
+
+/// Each cube's share of `Σ x`.
+#[cube(launch_unchecked)]
+fn value_sums(x: &Array<f32>, sums: &mut Array<f32>, items: u32) {
+    let mut shared = SharedMemory::<f32>::new(8usize);
+    let mut sum = 0.0f32;
+    let mut i = ABSOLUTE_POS;
+    while i < items as usize {
+        sum += x[i];
+        i += CUBE_COUNT * CUBE_DIM as usize;
+    }
+    let total = cube_sum(sum, &mut shared);
+    if UNIT_POS == 0u32 {
+        sums[CUBE_POS_X as usize] = total;
+    }
+}
+
 impl Gpu {
     /// Losses `[1, rows]` of `logits [rows, stride]` (single precision, `vocab` of them counted) and, with a scale,
     /// the gradient of their sum times it in bfloat16, `[rows, stride]`.
@@ -156,11 +188,32 @@ impl Gpu {
         self.total(&sums)
     }
 
+    /// `Σ x`, as [`Gpu::square_sum`].
+    ///
+    /// # Errors
+    /// As [`Gpu::download`].
+    pub fn sum(&self, x: &Matrix) -> Result<f64> {
+        let sums = self.empty(1, SHARES, Element::F32);
+        let (_, dim) = unit_per_item(1);
+        // SAFETY: there is a place for the share of each cube.
+        unsafe {
+            let count = CubeCount::Static(SHARES as u32, 1, 1);
+            value_sums::launch_unchecked(&self.client, count, dim, x.arg(), sums.arg(), x.len() as u32);
+        }
+        self.total(&sums)
+    }
+
     /// `Σ (a - b)²`, as [`Gpu::square_sum`].
     ///
     /// # Errors
     /// As [`Gpu::download`].
     pub fn square_difference(&self, a: &Matrix, b: &Matrix) -> Result<f64> {
+        let sums = self.square_difference_shares(a, b);
+        self.total(&sums)
+    }
+
+    /// The shares of `Σ (a - b)²`, to be added by [`Gpu::total`] later.
+    pub fn square_difference_shares(&self, a: &Matrix, b: &Matrix) -> Matrix {
         let sums = self.empty(1, SHARES, Element::F32);
         let (_, dim) = unit_per_item(1);
         // SAFETY: both have the same number of elements; there is a place for the share of each cube.
@@ -176,7 +229,7 @@ impl Gpu {
                 a.len() as u32,
             );
         }
-        self.total(&sums)
+        sums
     }
 
     /// `Σ a b`, as [`Gpu::square_sum`].
@@ -206,6 +259,24 @@ impl Gpu {
             );
         }
         sums
+    }
+
+    /// As [`Gpu::dot_shares`], with `a` in bfloat16, a multiple of four elements, into `sums [1, SHARES]`.
+    pub fn dot_half_shares(&self, a: &Matrix, b: &Matrix, sums: &Matrix) {
+        let (_, dim) = unit_per_item(1);
+        // SAFETY: as for `square_difference`; elements are read four at a time.
+        unsafe {
+            let count = CubeCount::Static(SHARES as u32, 1, 1);
+            dot_half_sums::launch_unchecked(
+                &self.client,
+                count,
+                dim,
+                a.arg(),
+                b.arg(),
+                sums.arg(),
+                (a.len() / 4) as u32,
+            );
+        }
     }
 
     /// The sum of all elements of a small matrix.

@@ -2,9 +2,10 @@
 """A LoRA step of `olive finetune` against PEFT on torch's CPU: speed, memory, and the time to the first finished step.
 
     finetune.py OLIVE MODEL TEXT [--threads 1 2] [--repeats 5] [--batch 4] [--length 128] [--rank 16] [--steps 12]
+                [--gradient_checkpointing]
 
 Both train the same adapter of the attention in float32 on the same samples, with the same number of threads, one after
-the other and again. A step's seconds are the difference between a long run and one with a single step.
+the other and again, both with or without gradient checkpointing. A step's seconds are the difference between a long run and one with a single step.
 """
 
 import argparse
@@ -23,7 +24,7 @@ started = time.perf_counter()
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, data, adapter, batch, length, rank, steps, threads = sys.argv[1:]
+model, data, adapter, batch, length, rank, steps, threads, checkpointing = sys.argv[1:]
 batch, length, steps = int(batch), int(length), int(steps)
 torch.set_num_threads(int(threads))
 torch.manual_seed(0)
@@ -35,6 +36,9 @@ assert all(len(own) == length for own in ids)
 base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 config = LoraConfig(r=int(rank), lora_alpha=16, lora_dropout=dropout, target_modules=["qkv_proj", "o_proj"])
 network = get_peft_model(base, config)
+if checkpointing == "True":
+    network.enable_input_require_grads()
+    network.gradient_checkpointing_enable()
 network.train()
 trained = [p for p in network.parameters() if p.requires_grad]
 optimizer = torch.optim.AdamW(trained, lr=2e-4)
@@ -75,6 +79,7 @@ def main():
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--only-olive", action="store_true")
     args = parser.parse_args()
     python = measure.environment(*PEER)
@@ -89,7 +94,8 @@ def main():
                        "--text_field", "text", "--max_seq_len", args.length, "--lora_r", args.rank,
                        "--lora_alpha", 16, "--target_modules", "qkv_proj,o_proj",
                        "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", 1,
-                       "--max_steps", steps, "--logging_steps", steps, "--log_level", 3]
+                       "--max_steps", steps, "--logging_steps", steps, "--log_level", 3,
+                       "--gradient_checkpointing", args.gradient_checkpointing]
             found = measure.measure(command, threads)
             (folder / "adapter_config.json").write_bytes((Path(output) / "adapter/adapter_config.json").read_bytes())
             log = [json.loads(line) for line in (Path(output) / "train_log.jsonl").read_text().splitlines()]
@@ -100,7 +106,7 @@ def main():
 
         def peft(steps, threads):
             return measure.measure([python, "-c", TRAIN, args.model, data, folder / "adapter_config.json", args.batch,
-                                    args.length, args.rank, steps, threads], threads)
+                                    args.length, args.rank, steps, threads, args.gradient_checkpointing], threads)
 
         for threads in args.threads:
             found = {"olive": [], "PEFT": []}
@@ -123,6 +129,7 @@ def main():
                           ours[3] / theirs[3]]
                 rows.append([str(threads), "**ratio**", *(f"**{own:.2f}**" for own in ratios)])
     title = f"LoRA rank {args.rank} on attention, {args.batch} x {args.length} tokens, float32"
+    title += ", gradient checkpointing" if args.gradient_checkpointing else ""
     columns = ["threads", "", "wall ms a step", "CPU ms a step", "tokens/s", "peak MB", "start s (a 1-step run less the step)"]
     measure.table(title, columns, rows)
 

@@ -151,7 +151,8 @@ impl DeviceLayerWeights {
             let content = match linear.converts {
                 true => {
                     let group_size = options.group_for(linear.spec.in_features);
-                    Content::Packed(gpu.pack_awq(&format!("{name}.weight"), &linear.weight, group_size)?)
+                    let packed = gpu.pack_awq(&format!("{name}.weight"), &linear.weight, group_size)?;
+                    Content::Packed(Box::new(packed))
                 }
                 false => Content::Dense(linear.weight),
             };
@@ -166,7 +167,7 @@ impl DeviceLayerWeights {
 
 /// A finished linear on the device.
 enum Content {
-    Packed(PackedAwq),
+    Packed(Box<PackedAwq>),
     Dense(Matrix),
 }
 

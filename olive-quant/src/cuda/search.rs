@@ -1,7 +1,7 @@
 //! The search for the scales of a mapping on the device.
 
+use olive_core::Result;
 use olive_core::cuda::{DeviceLayer, DeviceWeight, Element, Gpu, Matrix, Product, SHARES};
-use olive_core::{Error, Result};
 
 use super::layer::{DeviceLayerWeights, DeviceLinearWeight};
 use super::statistics::{DeviceStatistics, column_sums};
@@ -56,41 +56,16 @@ impl<'a> DeviceSearch<'a> {
             true => self.output_losses(layer, &candidates, &gram_losses, judge)?,
             false => gram_losses.into_iter().map(Some).collect(),
         };
-        let finite = |loss: &Option<f64>| loss.filter(|loss| loss.is_finite());
-        let Some(loss_identity) = losses.first().and_then(finite) else {
+        let measure = match by_output {
+            true => Measure::BlockOutput,
+            false => Measure::LinearOutput,
+        };
+        Choice::of(&candidates, losses, measure, || {
             let name = self
                 .linears
                 .first()
                 .map_or("", |linear| linear.spec.name.as_str());
-            return Err(Error::NotFinite {
-                what: format!("the loss of rounding `{name}` ({})", self.mapping.name),
-                found: 1,
-            });
-        };
-        let mut best = (0, loss_identity);
-        for (index, loss) in losses.iter().enumerate() {
-            if let Some(loss) = finite(loss)
-                && loss < best.1
-            {
-                best = (index, loss);
-            }
-        }
-        let (candidate, scales) = &candidates[best.0];
-        Ok(Choice {
-            scales: scales.clone(),
-            candidate: *candidate,
-            loss_identity,
-            loss: best.1,
-            measure: if by_output {
-                Measure::BlockOutput
-            } else {
-                Measure::LinearOutput
-            },
-            tried: candidates
-                .iter()
-                .map(|(candidate, _)| *candidate)
-                .zip(losses)
-                .collect(),
+            format!("`{name}` ({})", self.mapping.name)
         })
     }
 

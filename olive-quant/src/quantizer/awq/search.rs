@@ -64,6 +64,46 @@ pub struct Choice {
     pub tried: Vec<(Candidate, Option<f64>)>,
 }
 
+impl Choice {
+    /// The first of least loss among `candidates`, the first of which is plain rounding. `what` says for messages what
+    /// is rounded.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if plain rounding has no finite loss.
+    pub(crate) fn of(
+        candidates: &[(Candidate, Vec<f32>)],
+        losses: Vec<Option<f64>>,
+        measure: Measure,
+        what: impl Fn() -> String,
+    ) -> Result<Self> {
+        let finite = |loss: &Option<f64>| loss.filter(|loss| loss.is_finite());
+        let Some(loss_identity) = losses.first().and_then(finite) else {
+            return Err(Error::NotFinite {
+                what: format!("the loss of rounding {}", what()),
+                found: 1,
+            });
+        };
+        let mut best = (0, loss_identity);
+        for (index, loss) in losses.iter().enumerate() {
+            if let Some(loss) = finite(loss)
+                && loss < best.1
+            {
+                best = (index, loss);
+            }
+        }
+        let (candidate, scales) = &candidates[best.0];
+        let tried = candidates.iter().map(|(candidate, _)| *candidate).zip(losses);
+        Ok(Self {
+            scales: scales.clone(),
+            candidate: *candidate,
+            loss_identity,
+            loss: best.1,
+            measure,
+            tried: tried.collect(),
+        })
+    }
+}
+
 /// A mapping of a layer about to be searched.
 pub struct ScaleSearch<'a> {
     /// What is scaled.
@@ -113,40 +153,13 @@ impl<'a> ScaleSearch<'a> {
         } else {
             gram_losses.into_iter().map(Some).collect()
         };
-        let finite = |loss: &Option<f64>| loss.filter(|loss| loss.is_finite());
-        let Some(loss_identity) = losses.first().and_then(finite) else {
-            return Err(Error::NotFinite {
-                what: format!(
-                    "the loss of rounding `{}` ({})",
-                    self.linears[0].spec.name, self.mapping.name
-                ),
-                found: 1,
-            });
+        let measure = if by_output {
+            Measure::BlockOutput
+        } else {
+            Measure::LinearOutput
         };
-        let mut best = (0, loss_identity);
-        for (index, loss) in losses.iter().enumerate() {
-            if let Some(loss) = finite(loss)
-                && loss < best.1
-            {
-                best = (index, loss);
-            }
-        }
-        let (candidate, scales) = &candidates[best.0];
-        Ok(Choice {
-            scales: scales.clone(),
-            candidate: *candidate,
-            loss_identity,
-            loss: best.1,
-            measure: if by_output {
-                Measure::BlockOutput
-            } else {
-                Measure::LinearOutput
-            },
-            tried: candidates
-                .iter()
-                .map(|(candidate, _)| *candidate)
-                .zip(losses)
-                .collect(),
+        Choice::of(&candidates, losses, measure, || {
+            format!("`{}` ({})", self.linears[0].spec.name, self.mapping.name)
         })
     }
 
